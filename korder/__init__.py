@@ -1,0 +1,1 @@
+"""korder: order-k generalized attention, exact or certified near-linear, on any backend."""

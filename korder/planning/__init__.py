@@ -1,0 +1,1 @@
+"""HOW to compute: pure functions of a Problem; no arrays, no backends."""

@@ -1,0 +1,91 @@
+"""The records that a plan is made of, and the table that explains it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from korder.problem import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class ContractionStep:
+    """One pairwise step of a contraction: which operands, by which einsum subscripts, at which cost."""
+
+    operands: tuple[int, ...]
+    """Positions in the current list of operands; they are removed and the result is appended."""
+    subscripts: str
+    """Einsum subscripts of this step, for example "il,al->ail"."""
+    flops: int
+    size: int
+    """Elements of the result."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a plan costs, counted and not timed."""
+
+    flops: int
+    """Multiplications and additions of the products; exponentials not counted."""
+    bytes_moved: int
+    """Bytes read and written at least once: operands, outputs and, for features, their tables."""
+    peak_memory: int
+    """Workspace in bytes beyond inputs and outputs."""
+    largest_intermediate: int
+    """Elements of the largest array that is neither input nor output."""
+    exponentials: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How the exact method walks the score tensor: which modes are looped, which is contracted, in what blocks."""
+
+    looped: tuple[int, ...]
+    """Modes folded into the query, outermost first; empty when every tuple of a head is one tile."""
+    contracted: int
+    """The mode that the two matrix products run over."""
+    queries: int
+    """Queries in a tile."""
+    folded: tuple[int, ...]
+    """Keys of each folded mode in a tile, in ascending mode order without the contracted one."""
+    keys: int
+    """Keys of the contracted mode in a tile."""
+    heads: int = 1
+    """Query heads (times batch) in a tile."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolynomialPlan:
+    """What the polynomial method will do."""
+
+    degree: int
+    coefficients: str
+    """"taylor" or "minimax"."""
+    interval: float | None
+    """Half-width of the minimax interval, in score units; None for Taylor."""
+    values: tuple[float, ...]
+    """The coefficients of 1, x, x^2, .. of the polynomial of the centred score."""
+    features: int
+    """r = C(width + degree, degree)."""
+    state: int
+    """Elements of the summed key states of one head: k r (e + 1)."""
+    chunk: int
+    """Tokens whose features are built at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """HOW to compute a problem: hashable, printable, made without arrays or backends."""
+
+    problem: Problem
+    method: str
+    cost: Cost
+    steps: tuple[ContractionStep, ...] = ()
+    tiling: Tiling | None = None
+    polynomial: PolynomialPlan | None = None
+    notes: tuple[str, ...] = ()
+
+    def explain(self) -> str:
+        """Return a table that a person can read: what is computed, in which steps, at which cost."""
+        from korder.planning.explain import explain_plan
+
+        return explain_plan(self)

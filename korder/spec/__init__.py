@@ -1,0 +1,20 @@
+"""WHAT to compute: frozen pydantic models, no arrays, no framework."""
+
+from korder.spec.attention import MAX_ORDER, AttentionSpec
+from korder.spec.masks import Causal, Full, Mask, Ordered, Window
+from korder.spec.methods import Exact, Method, Polynomial
+from korder.spec.policy import Policy
+
+__all__ = [
+    "MAX_ORDER",
+    "AttentionSpec",
+    "Causal",
+    "Exact",
+    "Full",
+    "Mask",
+    "Method",
+    "Ordered",
+    "Policy",
+    "Polynomial",
+    "Window",
+]

@@ -1,0 +1,55 @@
+"""What to compute: the one model that describes an order-k attention, without arrays or frameworks."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from korder.spec.base import SpecModel
+from korder.spec.masks import Full, Mask, Window
+from korder.spec.methods import Exact, Method, Polynomial
+from korder.spec.policy import Policy
+
+MAX_ORDER = 6
+
+
+class AttentionSpec(SpecModel):
+    """An order-k attention: every query against every tuple of k keys.
+
+    Example:
+        >>> AttentionSpec(order=2, mask={"kind": "causal"}).mask
+        Causal(kind='causal', align=None)
+    """
+
+    order: Annotated[int, Field(ge=1, le=MAX_ORDER, strict=True)]
+    """Number of key matrices, the query not counted; 1 is ordinary attention."""
+    scale: Literal["inverse_sqrt_dim", "inverse_dim"] | Annotated[float, Field(strict=True)] = "inverse_sqrt_dim"
+    """Factor on every score: d ** -0.5, the papers' 1 / d, or a number; d is the query's width as given."""
+    score: Literal["khatri_rao", "kronecker"] = "khatri_rao"
+    """Form of the score; "kronecker" takes a weight operand, full (d, d1, .., dk) or a tuple of CP factors."""
+    mask: Mask = Full()
+    """Which tuples may be attended to."""
+    method: Method = Exact()
+    """How the answer may be computed."""
+    policy: Policy = Policy()
+    """Backends, precision and memory."""
+
+    @model_validator(mode="after")
+    def _fits_order(self) -> Self:
+        if isinstance(self.mask, Window) and len(self.mask.sizes) != self.order:
+            raise ValueError(f"mask.sizes has {len(self.mask.sizes)} windows, order {self.order} needs one per mode")
+        return self
+
+    def score_factor(self, query_width: int) -> float:
+        """Return the number that multiplies every score, for a query of `query_width` columns."""
+        if self.scale == "inverse_sqrt_dim":
+            return float(max(query_width, 1)) ** -0.5
+        if self.scale == "inverse_dim":
+            return 1.0 / max(query_width, 1)
+        return float(self.scale)
+
+    @property
+    def polynomial(self) -> Polynomial | None:
+        """The method if it is the polynomial one, else None."""
+        return self.method if isinstance(self.method, Polynomial) else None

@@ -1,0 +1,56 @@
+"""THE CONTRACT: everything that a backend imports from korder, and nothing else of korder need be imported."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from korder.errors import KernelError, UnsupportedProblemError
+from korder.planning.plan import ContractionStep, Cost, Plan, PolynomialPlan, Tiling
+from korder.problem import Problem
+from korder.spi.availability import Availability
+from korder.spi.backend import API_VERSION, Backend, Kernel
+from korder.spi.capabilities import Capabilities, MethodSupport, Reason
+from korder.spi.hooks import ENTRY_POINT_GROUP, hookimpl
+from korder.spi.operands import NEEDS, KernelOutput, OperandGradients, Operands, OutputGradients
+
+if TYPE_CHECKING:
+    from korder.spi.namespace import ExactKernel, NamespaceBackend, PolynomialKernel
+
+__all__ = [
+    "API_VERSION",
+    "ENTRY_POINT_GROUP",
+    "NEEDS",
+    "Availability",
+    "Backend",
+    "Capabilities",
+    "ContractionStep",
+    "Cost",
+    "ExactKernel",
+    "Kernel",
+    "KernelError",
+    "KernelOutput",
+    "MethodSupport",
+    "NamespaceBackend",
+    "OperandGradients",
+    "Operands",
+    "OutputGradients",
+    "Plan",
+    "PolynomialKernel",
+    "PolynomialPlan",
+    "Problem",
+    "Reason",
+    "Tiling",
+    "UnsupportedProblemError",
+    "hookimpl",
+]
+
+_GENERIC = frozenset({"ExactKernel", "NamespaceBackend", "PolynomialKernel"})
+
+
+def __getattr__(name: str) -> Any:
+    # The generic methods import this package's records, so they load only when a backend asks for them.
+    if name in _GENERIC:
+        from korder.spi import namespace
+
+        return getattr(namespace, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,57 @@
+"""The two things a backend author writes: a `Backend` that answers questions, and a `Kernel` that computes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Protocol
+
+from korder.planning.plan import Plan
+from korder.spi.availability import Availability
+from korder.spi.capabilities import Capabilities, Reason
+from korder.spi.operands import KernelOutput, OperandGradients, Operands, OutputGradients
+
+API_VERSION = 1
+"""The version of this contract. A backend that speaks another is refused with both numbers."""
+
+
+class Kernel(Protocol):
+    """A compiled plan: pure array functions, safe to call from several threads.
+
+    Optional attributes: `workspace_bytes` (int, bytes beyond inputs and outputs), `rounding_unit` (float, the relative
+    rounding error of one block sum of an approximate method).
+    """
+
+    def forward(self, operands: Operands, *, save: bool, residuals: dict[str, object] | None = None) -> KernelOutput:
+        """Compute the output; `save` keeps what backward wants; `residuals` of an earlier call fix its statistics."""
+        ...
+
+    def backward(
+        self, operands: Operands, saved: KernelOutput, grads: OutputGradients, *, needs: frozenset[str]
+    ) -> OperandGradients:
+        """Return the gradients that `needs` names, in the operands' dtype."""
+        ...
+
+
+class Backend(ABC):
+    """Who runs a plan. Subclass it, fill the attributes, and register an instance."""
+
+    name: ClassVar[str]
+    api_version: ClassVar[int]
+    array_kinds: ClassVar[frozenset[str]]
+    priority: ClassVar[int] = 0
+
+    @abstractmethod
+    def capabilities(self) -> Capabilities:
+        """Return static facts; must not touch hardware."""
+
+    @abstractmethod
+    def availability(self) -> Availability:
+        """Return whether it can run here, now; find packages, do not import them."""
+
+    def unsupported_reasons(self, plan: Plan) -> tuple[Reason, ...]:
+        """Return every reason why this plan cannot be run, none if it can."""
+        return self.capabilities().refuse(plan)
+
+    @abstractmethod
+    def compile(self, plan: Plan) -> Kernel:
+        """Return the kernel for a plan that was not refused; may be slow, its result is cached."""
