@@ -1,4 +1,4 @@
-"""A spec together with shapes, dtype, device and statistics: all that planning may know. Operands are checked here, once."""
+"""A spec with shapes, dtype, device and statistics: all that planning may know. Operands are checked here, once."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -44,7 +45,7 @@ class AttentionSpec(SpecModel):
     def score_factor(self, query_width: int) -> float:
         """Return the number that multiplies every score, for a query of `query_width` columns."""
         if self.scale == "inverse_sqrt_dim":
-            return float(max(query_width, 1)) ** -0.5
+            return 1.0 / math.sqrt(max(query_width, 1))
         if self.scale == "inverse_dim":
             return 1.0 / max(query_width, 1)
         return float(self.scale)

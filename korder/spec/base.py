@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from korder.errors import SpecError
 
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)  # pydantic has no public name for it
 
-class _SpecMeta(type(BaseModel)):  # type: ignore[misc]
+
+class _SpecMeta(ModelMetaclass):
     """Turns the outermost `ValidationError` into a `SpecError`; nested models keep pydantic's, which carry the path."""
 
     def __call__(cls, *args: Any, **data: Any) -> Any:

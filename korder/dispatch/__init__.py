@@ -1,0 +1,1 @@
+"""WHO runs a plan: loading of backends, selection with every rejection kept, cached kernels."""

@@ -1,0 +1,243 @@
+"""Reads kind, dtype, device and shape off the user's arrays, and lays them out as kernels want them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+from korder.errors import OperandError, ShapeError
+from korder.problem import Shapes
+from korder.spec import AttentionSpec, Full
+from korder.spi.operands import Operands
+
+Array = Any
+_ROOTS = {"jaxlib": "jax", "jax": "jax"}
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """The operands as the user gave them, read once."""
+
+    query: Array
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+    weight: Array | tuple[Array, ...] | None
+    biases: tuple[Array | None, ...]
+    key_masks: tuple[Array | None, ...]
+    query_offset: int | None
+    key_offsets: tuple[int, ...] | None
+    shapes: Shapes
+    kind: str
+    dtype: str
+    device: str
+
+
+@lru_cache(maxsize=64)
+def _kind_of_type(kind: type) -> str | None:
+    root = kind.__module__.split(".")[0]
+    if root in ("numpy", "torch", *_ROOTS):
+        return _ROOTS.get(root, root) if hasattr(kind, "shape") and hasattr(kind, "dtype") else None
+    return root if hasattr(kind, "__array_namespace__") else None
+
+
+def array_kind(array: Array, name: str = "the operand") -> str:
+    """Return "numpy", "torch", "jax", or the package of any other Array API array.
+
+    Raises:
+        OperandError: Not an array.
+    """
+    kind = _kind_of_type(type(array))  # type: ignore[arg-type]
+    if kind is None:
+        raise OperandError(
+            f"{name} is not an array.",
+            code="not-an-array",
+            expected="a NumPy array, a torch tensor, a JAX array, or another Array API array",
+            got=type(array).__name__,
+            hint="wrap it, for example numpy.asarray(values, dtype='float32').",
+        )
+    return kind
+
+
+def dtype_name(array: Array) -> str:
+    """Return the dtype's plain name: "float32", "bool", "bfloat16"."""
+    return _dtype_text(array.dtype)
+
+
+@lru_cache(maxsize=64)
+def _dtype_text(dtype: Any) -> str:
+    name = getattr(dtype, "name", None)
+    return name if isinstance(name, str) else str(dtype).rsplit(".", 1)[-1]
+
+
+def device_name(array: Array) -> str:
+    """Return the device as text, "cpu" where arrays have none."""
+    device = str(getattr(array, "device", "cpu")).lower()
+    return "cpu" if "cpu" in device else device
+
+
+@lru_cache(maxsize=16)
+def namespace_of_kind(kind: str) -> Any:
+    """Return the Array API namespace of a kind, through array-api-compat where that wraps the library."""
+    if kind == "numpy":
+        import array_api_compat.numpy as xp
+
+        return xp
+    import importlib
+
+    return importlib.import_module(f"array_api_compat.{kind}" if kind == "torch" else _plain_namespace(kind))
+
+
+def _plain_namespace(kind: str) -> str:
+    return "jax.numpy" if kind == "jax" else kind
+
+
+def read_operands(
+    query: Array,
+    keys: Sequence[Array],
+    values: Sequence[Array],
+    *,
+    weight: Array | Sequence[Array] | None = None,
+    biases: Sequence[Array | None] | None = None,
+    key_masks: Sequence[Array | None] | None = None,
+    query_offset: int | None = None,
+    key_offsets: Sequence[int] | None = None,
+) -> Given:
+    """Read shapes, kind, dtype and device of every operand; one of each, or an error that names the odd one out.
+
+    Raises:
+        OperandError: Not arrays, or mixed kinds, dtypes or devices, or a key mask that is not boolean.
+    """
+    keys, values = _modes(keys, "keys"), _modes(values, "values")
+    biases = _modes(biases, "biases") if biases is not None else ()
+    key_masks = _modes(key_masks, "key_masks") if key_masks is not None else ()
+    if isinstance(weight, list):
+        weight = tuple(weight)
+    kind, dtype, device = array_kind(query, "query"), dtype_name(query), device_name(query)
+    for name, array in _operands(keys, values, weight, biases):
+        _check_same(name, array, kind, dtype, device)
+    for t, mask in enumerate(key_masks):
+        if mask is not None:
+            _check_same(f"key_masks[{t}]", mask, kind, "bool", device)
+    offsets_given = query_offset is not None or key_offsets is not None
+    return Given(
+        query, keys, values, weight, biases, key_masks, query_offset, _offsets(key_offsets, len(keys)),
+        Shapes(
+            query=tuple(query.shape),
+            keys=tuple(tuple(key.shape) for key in keys),
+            values=tuple(tuple(value.shape) for value in values),
+            weight=_weight_shape(weight),
+            biases=tuple(None if bias is None else tuple(bias.shape) for bias in biases),
+            key_masks=tuple(None if mask is None else tuple(mask.shape) for mask in key_masks),
+            offsets_given=offsets_given,
+        ),
+        kind, dtype, device,
+    )  # fmt: skip
+
+
+def _modes(arrays: Any, name: str) -> tuple[Any, ...]:
+    if isinstance(arrays, (tuple, list)):
+        return tuple(arrays)
+    raise OperandError(
+        f"{name} must be a tuple with one entry per mode.",
+        code="modes-not-a-tuple",
+        expected=f"a tuple of arrays, for order 1: {name}=(array,)",
+        got=type(arrays).__name__,
+    )
+
+
+def _offsets(offsets: Sequence[int] | None, order: int) -> tuple[int, ...] | None:
+    if offsets is None:
+        return None
+    if isinstance(offsets, int) or len(offsets) != order:
+        raise ShapeError(
+            "key_offsets must have one entry per mode.",
+            code="modes-mismatch",
+            expected=f"{order} integers",
+            got=repr(offsets),
+        )
+    return tuple(int(offset) for offset in offsets)
+
+
+def _operands(
+    keys: tuple[Array, ...], values: tuple[Array, ...], weight: Any, biases: tuple[Array | None, ...]
+) -> list[tuple[str, Array]]:
+    named = [(f"keys[{t}]", key) for t, key in enumerate(keys)]
+    named += [(f"values[{t}]", value) for t, value in enumerate(values)]
+    if isinstance(weight, tuple):
+        named += [(f"weight[{t}]", factor) for t, factor in enumerate(weight)]
+    elif weight is not None:
+        named.append(("weight", weight))
+    return named + [(f"biases[{t}]", bias) for t, bias in enumerate(biases) if bias is not None]
+
+
+def _check_same(name: str, array: Array, kind: str, dtype: str, device: str) -> None:
+    found = (array_kind(array, name), dtype_name(array), device_name(array))
+    for what, expected, got in zip(("array kind", "dtype", "device"), (kind, dtype, device), found, strict=True):
+        if expected != got:
+            raise OperandError(
+                f"{name} has another {what} than it must have.",
+                code=f"{what.replace(' ', '-')}-mismatch",
+                expected=expected + (", True = may be attended to" if dtype == "bool" else ", as the query has"),
+                got=got,
+                hint="korder converts nothing silently; convert the operand yourself.",
+            )
+
+
+def _weight_shape(weight: Any) -> Any:
+    if weight is None:
+        return None
+    return tuple(tuple(factor.shape) for factor in weight) if isinstance(weight, tuple) else tuple(weight.shape)
+
+
+def to_kernel_layout(given: Given, spec: AttentionSpec) -> Operands:
+    """Return the operands in the kernel layout: (b, h, n, width), masks (b, 1 or g, m), offsets filled in."""
+    xp = namespace_of_kind(given.kind)
+    query_offset, key_offsets = _resolve_offsets(given, spec)
+    missing = (None,) * len(given.keys)
+    return Operands(
+        query=_four_axes(xp, given.query),
+        keys=tuple(_four_axes(xp, key) for key in given.keys),
+        values=tuple(_four_axes(xp, value) for value in given.values),
+        key_masks=tuple(_mask_layout(xp, mask, given.query.ndim) for mask in given.key_masks or missing),
+        biases=tuple(_bias_layout(xp, bias, given.shapes.query) for bias in given.biases or missing),
+        weight=given.weight,
+        query_offset=query_offset,
+        key_offsets=key_offsets,
+    )
+
+
+def _resolve_offsets(given: Given, spec: AttentionSpec) -> tuple[int, tuple[int, ...]]:
+    lengths = tuple(key[-2] for key in given.shapes.keys)
+    if not isinstance(spec.mask, Full) and spec.mask.align == "end":
+        return 0, tuple(given.shapes.query[-2] - length for length in lengths)
+    return int(given.query_offset or 0), given.key_offsets or (0,) * len(lengths)
+
+
+def _four_axes(xp: Any, array: Array) -> Array:
+    if array.ndim == 4:
+        return array
+    heads = array.shape[-3] if array.ndim > 2 else 1
+    return xp.reshape(array, (prod(array.shape[:-3]), heads, *array.shape[-2:]))
+
+
+def _mask_layout(xp: Any, mask: Array | None, query_axes: int) -> Array | None:
+    """(*batch, m) or (*batch, g, m) -> (b, 1 or g, m)."""
+    if mask is None:
+        return None
+    batch_axes = max(query_axes - 3, 0)
+    per_head = mask.ndim == batch_axes + 2 and query_axes > 2
+    return xp.reshape(mask, (prod(mask.shape[:batch_axes]), mask.shape[-2] if per_head else 1, mask.shape[-1]))
+
+
+def _bias_layout(xp: Any, bias: Array | None, query_shape: tuple[int, ...]) -> Array | None:
+    if bias is None or bias.ndim == 4:
+        return bias
+    batch = bias.shape[:-3]
+    if any(size != 1 for size in batch):
+        batch = query_shape[:-3]
+        bias = xp.broadcast_to(bias, (*batch, *bias.shape[-3:]))
+    heads = bias.shape[-3] if bias.ndim > 2 else 1
+    return xp.reshape(bias, (prod(batch), heads, *bias.shape[-2:]))

@@ -1,0 +1,153 @@
+"""The registry of backends: built on first use, asked lazily, and the only state that korder keeps."""
+
+from __future__ import annotations
+
+import difflib
+import threading
+from dataclasses import dataclass
+from functools import lru_cache
+
+from korder.dispatch.cache import BoundedCache
+from korder.dispatch.plugins import Loaded, LoadFailure, Origin, check_backend, discover, load
+from korder.errors import UnknownBackendError
+from korder.planning.plan import Plan
+from korder.spi import Availability, Backend, Capabilities, Kernel
+
+AVAILABILITY_SECONDS = 10.0
+KERNELS_KEPT = 256
+
+
+@dataclass(frozen=True, slots=True)
+class BackendStatus:
+    """One line of `korder.backends()`: a backend, or a plugin that failed to load."""
+
+    name: str
+    priority: int
+    distribution: str
+    available: bool
+    reason: str = ""
+    remedy: str = ""
+    array_kinds: tuple[str, ...] = ()
+    capabilities: Capabilities | None = None
+    loaded: bool = True
+
+
+class Registry:
+    """Backends by name, what they answered about availability, and their compiled kernels.
+
+    Args:
+        loaded: Backends to start with.
+        failures: Plugins that could not be loaded.
+    """
+
+    def __init__(self, loaded: list[Loaded] | None = None, failures: list[LoadFailure] | None = None) -> None:
+        self._loaded = list(loaded or ())
+        self.failures = tuple(failures or ())
+        self._availability: dict[str, Availability] = {}
+        self._kernels: BoundedCache[tuple[str, Plan], Kernel] = BoundedCache(KERNELS_KEPT)
+        self._lock = threading.Lock()
+        self.generation = 0
+
+    @classmethod
+    def from_entry_points(cls) -> Registry:
+        """Load every installed plugin."""
+        return cls(*load(discover()))
+
+    def register(self, backend: Backend) -> None:
+        """Add a backend by hand.
+
+        Raises:
+            PluginLoadError: Not a backend, another contract version, or a name that is taken.
+        """
+        origin = Origin("registered in this process")
+        with self._lock:
+            check_backend(backend, origin, self._loaded)
+            self._loaded.append(Loaded(backend, origin))
+            self.generation += 1
+
+    def ordered(self) -> tuple[Backend, ...]:
+        """Return the backends, highest priority first, ties by name."""
+        return tuple(sorted((item.backend for item in self._loaded), key=lambda b: (-b.priority, b.name)))
+
+    def get(self, name: str) -> Backend:
+        """Return the backend called `name`.
+
+        Raises:
+            UnknownBackendError: With the known names, the nearest one and the plugins that failed to load.
+        """
+        known = {item.backend.name: item.backend for item in self._loaded}
+        if name in known:
+            return known[name]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        failed = "; ".join(f"{failure.origin} failed to load" for failure in self.failures)
+        raise UnknownBackendError(
+            f"no backend is called {name!r}.",
+            expected=f"one of {', '.join(sorted(known)) or 'none: no backend is installed'}"
+            + (f"; {failed}" if failed else ""),
+            got=repr(name),
+            hint=f"did you mean {near[0]!r}?" if near else "`korder backends` lists what is installed.",
+        )
+
+    def availability(self, backend: Backend) -> Availability:
+        """Ask a backend whether it can run here; once, and for at most 10 seconds."""
+        known = self._availability.get(backend.name)
+        if known is None:
+            known = _ask(backend)
+            self._availability[backend.name] = known
+        return known
+
+    def kernel(self, backend: Backend, plan: Plan) -> Kernel:
+        """Return the compiled kernel of a plan, from the cache if it was compiled before."""
+        key = (backend.name, plan)
+        kernel = self._kernels.get(key)
+        if kernel is None:
+            kernel = backend.compile(plan)
+            self._kernels.put(key, kernel)
+        return kernel
+
+    def status(self) -> tuple[BackendStatus, ...]:
+        """Return one status per backend, by priority, then the plugins that failed to load."""
+        origins = {item.backend.name: item.origin for item in self._loaded}
+        lines = []
+        for backend in self.ordered():
+            answer = self.availability(backend)
+            lines.append(
+                BackendStatus(
+                    name=backend.name,
+                    priority=backend.priority,
+                    distribution=str(origins[backend.name]),
+                    available=answer.available,
+                    reason=answer.reason,
+                    remedy=answer.remedy,
+                    array_kinds=tuple(sorted(backend.array_kinds)),
+                    capabilities=backend.capabilities(),
+                )
+            )
+        for failure in self.failures:
+            text = str(failure.error)
+            lines.append(BackendStatus(failure.origin.entry_point, 0, str(failure.origin), False, text, loaded=False))
+        return tuple(lines)
+
+
+def _ask(backend: Backend) -> Availability:
+    """Run `availability()` in a thread that is given up on when it hangs, and turn exceptions into an answer."""
+    answers: list[Availability] = []
+
+    def ask() -> None:
+        try:
+            answers.append(backend.availability())
+        except Exception as error:  # a backend that cannot even answer is not available, and says why
+            answers.append(Availability.no(f"availability() raised {type(error).__name__}: {error}"))
+
+    thread = threading.Thread(target=ask, daemon=True, name=f"korder-availability-{backend.name}")
+    thread.start()
+    thread.join(AVAILABILITY_SECONDS)
+    if answers:
+        return answers[0]
+    return Availability.no(f"availability() did not answer within {AVAILABILITY_SECONDS:g} s")
+
+
+@lru_cache(maxsize=1)
+def default_registry() -> Registry:
+    """Return the process's registry, built from the entry points on the first call."""
+    return Registry.from_entry_points()
