@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from korder.errors import SpecError
@@ -20,11 +21,11 @@ else:
 class _SpecMeta(ModelMetaclass):
     """Turns the outermost `ValidationError` into a `SpecError`; nested models keep pydantic's, which carry the path."""
 
-    def __call__(cls, *args: Any, **data: Any) -> Any:
+    def __call__(cls, *args: Any, **data: Any) -> Any:  # noqa: N805 - a metaclass
         try:
             return super().__call__(*args, **data)
         except ValidationError as error:
-            raise spec_error(error, cls) from None
+            raise spec_error(error, cast(type[BaseModel], cls)) from None
 
 
 class SpecModel(BaseModel, metaclass=_SpecMeta):
@@ -43,8 +44,8 @@ class SpecModel(BaseModel, metaclass=_SpecMeta):
 
 def spec_error(error: ValidationError, model: type[BaseModel]) -> SpecError:
     """Return the `SpecError` for a pydantic failure: its first problem in full, the others counted by key."""
-    problems = error.errors(include_url=False)
-    first = problems[0]
+    problems = sorted(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
+    first = problems[0]  # an unknown key first: where a required key was misspelt, it is the cause of the missing one
     path = _path(first["loc"], model)
     same = [item for item in problems if _path(item["loc"], model) == path]  # the branches of a union
     others = [item for item in problems if item not in same]
@@ -54,9 +55,9 @@ def spec_error(error: ValidationError, model: type[BaseModel]) -> SpecError:
     return SpecError(
         f"{path or model.__name__} is not valid: {' or '.join(map(_sentence, same))}{suffix}.",
         code="spec-invalid",
-        expected=_expected(first),
+        expected=_expected(first, model),
         got=_shorten(first["input"]) if first["type"] != "missing" else "nothing",
-        hint=_hint(first),
+        hint=_hint(first) or "`korder schema` prints every key with its type and meaning.",
     )
 
 
@@ -85,6 +86,14 @@ def _fields_at(loc: tuple[int | str, ...], model: type[BaseModel]) -> Iterable[s
     for _, owner in _walk(loc, model):
         last = owner
     return last.model_fields
+
+
+def _field_at(loc: tuple[int | str, ...], model: type[BaseModel]) -> FieldInfo:
+    """Return the field that `loc` names, an empty one where it names none."""
+    field = FieldInfo()
+    for part, owner in _walk(loc, model):
+        field = owner.model_fields.get(str(part), field)
+    return field
 
 
 def _walk(loc: tuple[int | str, ...], model: type[BaseModel]) -> Iterable[tuple[int | str, type[BaseModel]]]:
@@ -128,14 +137,20 @@ def _sentence(item: ErrorDetails) -> str:
     return text[:1].lower() + text[1:].rstrip(".")
 
 
-def _expected(item: ErrorDetails) -> str | None:
+def _expected(item: ErrorDetails, model: type[BaseModel]) -> str | None:
     context = item.get("ctx", {})
+    if item["type"] == "union_tag_not_found":
+        options = [tag for option in _models_in(_field_at(item["loc"], model).annotation) if (tag := _tag(option))]
+        return f"kind = one of {', '.join(map(repr, options))}"
     if "expected_tags" in context:
         return f"kind = one of {context['expected_tags']}"
     if "expected" in context:
         return str(context["expected"])
     bounds = [f"{sign} {context[key]}" for key, sign in _BOUNDS.items() if key in context]
-    return " and ".join(bounds) or None
+    if bounds or not item["loc"]:
+        return " and ".join(bounds) or None
+    field = _field_at(item["loc"], model)
+    return field.description and field.description[:1].lower() + field.description[1:].rstrip(".")
 
 
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
