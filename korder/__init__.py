@@ -1,1 +1,107 @@
-"""korder: order-k generalized attention, exact or certified near-linear, on any backend."""
+"""korder: order-k generalized attention, exact or certified near-linear, on any backend.
+
+Names load on first use, so that `import korder` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from korder.api import attend, attend_result, backends, measure, merge, plan, register_backend
+    from korder.errors import (
+        AccuracyError,
+        AccuracyWarning,
+        BackendUnavailableError,
+        ConformanceFailure,
+        KernelError,
+        KorderError,
+        OperandError,
+        PluginLoadError,
+        ShapeError,
+        SpecError,
+        UnknownBackendError,
+        UnsupportedProblemError,
+    )
+    from korder.operators import KhatriRao, Kronecker
+    from korder.result import Certificate, Provenance, Result
+    from korder.spec import AttentionSpec, Causal, Exact, Full, Ordered, Policy, Polynomial, Window
+    from korder.weights import marginals, top_tuples
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "korder.api": ("attend", "attend_result", "backends", "measure", "merge", "plan", "register_backend"),
+    "korder.errors": (
+        "AccuracyError",
+        "AccuracyWarning",
+        "BackendUnavailableError",
+        "ConformanceFailure",
+        "KernelError",
+        "KorderError",
+        "OperandError",
+        "PluginLoadError",
+        "ShapeError",
+        "SpecError",
+        "UnknownBackendError",
+        "UnsupportedProblemError",
+    ),
+    "korder.operators": ("KhatriRao", "Kronecker"),
+    "korder.result": ("Certificate", "Provenance", "Result"),
+    "korder.spec": ("AttentionSpec", "Causal", "Exact", "Full", "Ordered", "Policy", "Polynomial", "Window"),
+    "korder.weights": ("marginals", "top_tuples"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AccuracyError",
+    "AccuracyWarning",
+    "AttentionSpec",
+    "BackendUnavailableError",
+    "Causal",
+    "Certificate",
+    "ConformanceFailure",
+    "Exact",
+    "Full",
+    "KernelError",
+    "KhatriRao",
+    "KorderError",
+    "Kronecker",
+    "OperandError",
+    "Ordered",
+    "PluginLoadError",
+    "Policy",
+    "Polynomial",
+    "Provenance",
+    "Result",
+    "ShapeError",
+    "SpecError",
+    "UnknownBackendError",
+    "UnsupportedProblemError",
+    "Window",
+    "__version__",
+    "attend",
+    "attend_result",
+    "backends",
+    "marginals",
+    "measure",
+    "merge",
+    "plan",
+    "register_backend",
+    "top_tuples",
+]
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'korder' has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

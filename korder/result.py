@@ -32,7 +32,7 @@ class Certificate:
     score_range: Array
     """Rigorous lower and upper bound of every row's live scores."""
     kind: str
-    """Which certificate gave the bound of most rows: "moment" or "sup"."""
+    """Which certificate gave the bound of most rows: "moment" or "sup"; "merged" after `merge` of parts that differ."""
     estimate: Array | None = None
     """Measured error of a few rows, (rows, 2): row position in the flattened (b, h, n) and its largest error. An
     estimate of the rest, not a bound."""

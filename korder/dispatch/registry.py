@@ -6,12 +6,15 @@ import difflib
 import threading
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from korder.dispatch.cache import BoundedCache
 from korder.dispatch.plugins import Loaded, LoadFailure, Origin, check_backend, discover, load
 from korder.errors import UnknownBackendError
-from korder.planning.plan import Plan
-from korder.spi import Availability, Backend, Capabilities, Kernel
+from korder.spi import Availability, Backend, Capabilities
+
+if TYPE_CHECKING:
+    from korder.dispatch.prepare import Prepared
 
 AVAILABILITY_SECONDS = 10.0
 KERNELS_KEPT = 256
@@ -33,7 +36,7 @@ class BackendStatus:
 
 
 class Registry:
-    """Backends by name, what they answered about availability, and their compiled kernels.
+    """Backends by name, what they answered about availability, and the kernels they compiled.
 
     Args:
         loaded: Backends to start with.
@@ -44,7 +47,7 @@ class Registry:
         self._loaded = list(loaded or ())
         self.failures = tuple(failures or ())
         self._availability: dict[str, Availability] = {}
-        self._kernels: BoundedCache[tuple[str, Plan], Kernel] = BoundedCache(KERNELS_KEPT)
+        self.prepared: BoundedCache[tuple[object, ...], Prepared] = BoundedCache(KERNELS_KEPT)
         self._lock = threading.Lock()
         self.generation = 0
 
@@ -95,15 +98,6 @@ class Registry:
             known = _ask(backend)
             self._availability[backend.name] = known
         return known
-
-    def kernel(self, backend: Backend, plan: Plan) -> Kernel:
-        """Return the compiled kernel of a plan, from the cache if it was compiled before."""
-        key = (backend.name, plan)
-        kernel = self._kernels.get(key)
-        if kernel is None:
-            kernel = backend.compile(plan)
-            self._kernels.put(key, kernel)
-        return kernel
 
     def status(self) -> tuple[BackendStatus, ...]:
         """Return one status per backend, by priority, then the plugins that failed to load."""

@@ -1,0 +1,305 @@
+"""The public functions: arrays in, arrays and provenance out. Everything here is thin; the work is behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from korder.dispatch import rows
+from korder.dispatch.arrays import Given, array_kind, dtype_name, namespace_of_kind, read_operands, to_kernel_layout
+from korder.dispatch.registry import BackendStatus, default_registry
+from korder.dispatch.run import Outcome, Request, run
+from korder.errors import OperandError, ShapeError, SpecError
+from korder.methods import merging
+from korder.planning.candidates import candidate_plans
+from korder.planning.plan import Plan
+from korder.problem import ScoreStatistics, Shapes, make_problem
+from korder.result import Certificate, Result
+from korder.spec import AttentionSpec
+from korder.spi.backend import Backend
+
+Array = Any
+
+
+def attend(
+    query: Array,
+    keys: Sequence[Array],
+    values: Sequence[Array],
+    *,
+    spec: AttentionSpec | None = None,
+    weight: Array | Sequence[Array] | None = None,
+    biases: Sequence[Array | None] | None = None,
+    key_masks: Sequence[Array | None] | None = None,
+    query_offset: int | None = None,
+    key_offsets: Sequence[int] | None = None,
+    statistics: ScoreStatistics | None = None,
+    backend: str = "auto",
+) -> Array:
+    """Return order-k attention of `query` over all tuples of `keys`.
+
+    Shapes:
+        query (b, h, n, d); keys[t] (b, g, m_t, d); values[t] (b, g, m_t, e), g divides h; output (b, h, n, e).
+        Axis -3 is the head axis, axes before it are batch and equal everywhere; 2-D operands are one head.
+        key_masks[t] bool (b, m_t) or (b, g, m_t), True = may be attended to.
+        biases[t] (b, h, n, m_t), or with 1 in any axis but the last.
+        weight (d, d1, .., dk) or a tuple of k + 1 CP factors (d_t, rank), for score="kronecker".
+
+    Args:
+        query: Queries.
+        keys: One key matrix per mode.
+        values: One value matrix per mode.
+        spec: What to compute; exact, full, order = len(keys) when None.
+        weight: Score weight of the Kronecker form.
+        biases: Added to the score, per mode; entries may be None.
+        key_masks: Keys that may be attended to, per mode; entries may be None.
+        query_offset: Position of the first query.
+        key_offsets: Position of the first key of each mode.
+        statistics: Measured before, with `measure`; else measured here when the method asks for it.
+        backend: A backend name, which then runs it or raises, or "auto".
+
+    Returns:
+        The output, of the operands' kind, dtype and leading axes; zeros for a query with nothing to attend to.
+
+    Raises:
+        ShapeError: Shapes that do not fit.
+        OperandError: Wrong dtype, array kind or device.
+        UnsupportedProblemError: Nothing installed can run it.
+        AccuracyError: The certificate of the polynomial method misses its tolerance.
+
+    Cost: exact 2 n m1 .. mk (d + e) flop; polynomial 2 (k + 1) n r (e + 1) flop, r = C(d + degree, degree).
+    Numerics: Summed in float32 or wider; masked keys never matter, not even NaN.
+    Source: order 2: Alman & Song, arXiv 2310.04064.
+
+    Example:
+        >>> import numpy as np
+        >>> x = np.ones((4, 3), "float32")
+        >>> attend(x, (x, x), (x, x)).shape
+        (4, 3)
+    """
+    given, request = _request(
+        query, keys, values, spec, weight, biases, key_masks, query_offset, key_offsets, statistics, backend
+    )
+    outcome = run(default_registry(), request)
+    return _as_given(given, outcome.output.output)
+
+
+def attend_result(
+    query: Array,
+    keys: Sequence[Array],
+    values: Sequence[Array],
+    *,
+    spec: AttentionSpec | None = None,
+    weight: Array | Sequence[Array] | None = None,
+    biases: Sequence[Array | None] | None = None,
+    key_masks: Sequence[Array | None] | None = None,
+    query_offset: int | None = None,
+    key_offsets: Sequence[int] | None = None,
+    statistics: ScoreStatistics | None = None,
+    backend: str = "auto",
+) -> Result:
+    """Return what `attend` returns, with lse, the certificate of an approximate method, and the provenance.
+
+    Arguments, shapes and errors as `attend`; lse has the query's leading axes and length.
+    """
+    given, request = _request(
+        query, keys, values, spec, weight, biases, key_masks, query_offset, key_offsets, statistics, backend
+    )
+    registry = default_registry()
+    outcome = run(registry, request, certify=True)
+    certificate = outcome.certificate
+    method = request.problem.spec.polynomial
+    if certificate is not None and method is not None and method.estimate_rows:
+        measured = rows.estimate(registry, request, outcome.output, method.estimate_rows)
+        certificate = replace(certificate, estimate=measured)
+    return _result(given, outcome, certificate)
+
+
+def plan(
+    spec: AttentionSpec | None = None,
+    *,
+    query: tuple[int, ...],
+    keys: Sequence[tuple[int, ...]],
+    values: Sequence[tuple[int, ...]],
+    weight: Any = None,
+    biases: Sequence[tuple[int, ...] | None] | None = None,
+    key_masks: Sequence[tuple[int, ...] | None] | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    statistics: ScoreStatistics | None = None,
+) -> tuple[Plan, ...]:
+    """Return the ranked plans for operands of these shapes; no array is needed. `print(plan(...)[0].explain())`.
+
+    Shapes: as `attend`, given as tuples of integers.
+    Raises: ShapeError, SpecError, UnsupportedProblemError: as `attend`.
+    """
+    spec = spec if spec is not None else AttentionSpec(order=len(keys))
+    shapes = Shapes(
+        query=tuple(query),
+        keys=tuple(tuple(key) for key in keys),
+        values=tuple(tuple(value) for value in values),
+        weight=_plain_shape(weight),
+        biases=tuple(None if bias is None else tuple(bias) for bias in biases or ()),
+        key_masks=tuple(None if mask is None else tuple(mask) for mask in key_masks or ()),
+        # Positions are run-time operands, so a plan does not ask for them.
+        offsets_given=getattr(spec.mask, "align", None) is None,
+    )
+    return candidate_plans(make_problem(spec, shapes, str(dtype), device, statistics))
+
+
+def measure(
+    query: Array,
+    keys: Sequence[Array],
+    values: Sequence[Array],
+    *,
+    spec: AttentionSpec | None = None,
+    weight: Array | Sequence[Array] | None = None,
+    biases: Sequence[Array | None] | None = None,
+    key_masks: Sequence[Array | None] | None = None,
+    query_offset: int | None = None,
+    key_offsets: Sequence[int] | None = None,
+) -> ScoreStatistics:
+    """Return the score range and moments that planning may use, rounded outward to two digits.
+
+    Cost: O(k n d). Pass the result as `statistics=` where arrays cannot be looked at (tracing).
+    Source: the bounds are those of docs/method_polynomial.md.
+    """
+    given, request = _request(
+        query, keys, values, spec, weight, biases, key_masks, query_offset, key_offsets, None, "auto", measured=False
+    )
+    return _measure(given, request)
+
+
+def merge(results: Sequence[Result]) -> Result:
+    """Return the result over all tuples from results over disjoint sets of tuples, by their lse.
+
+    Parts may come from key masks, offsets, or any other cut of the tuples, and from different methods and backends;
+    that the sets are disjoint is the caller's to know. The certificate, if any part has one, bounds the merged error
+    beyond the rounding of exact parts.
+
+    Shapes:
+        every part output (b, h, n, e) and lse (b, h, n), the same for all; so is the result.
+
+    Raises:
+        ShapeError: No part, or parts of different shapes.
+        OperandError: Parts of different kinds or dtypes.
+
+    Example:
+        >>> import numpy as np
+        >>> x = np.eye(4, dtype="float32")
+        >>> parts = [attend_result(x, (x, half), (x, half)) for half in (x[:2], x[2:])]
+        >>> bool(np.allclose(merge(parts).output, attend(x, (x, x), (x, x))))
+        True
+    """
+    parts = tuple(results)
+    _check_parts(parts)
+    xp = namespace_of_kind(array_kind(parts[0].output))
+    output, lse, weights = merging.merge_outputs(xp, [part.output for part in parts], [part.lse for part in parts])
+    return Result(output, lse, merging.merge_certificates(xp, parts, weights))
+
+
+def _check_parts(parts: tuple[Result, ...]) -> None:
+    if not parts:
+        raise ShapeError("there is nothing to merge.", code="parts-missing", expected="at least one result", got="none")
+    first = parts[0]
+    for index, part in enumerate(parts):
+        for name in ("output", "lse"):
+            array, model = getattr(part, name), getattr(first, name)
+            if array.shape != model.shape:
+                raise ShapeError(
+                    f"{name} of results[{index}] has another shape than that of results[0].",
+                    expected=str(tuple(model.shape)),
+                    got=str(tuple(array.shape)),
+                )
+            found, wanted = (array_kind(array), dtype_name(array)), (array_kind(model), dtype_name(model))
+            if found != wanted:
+                raise OperandError(
+                    f"{name} of results[{index}] is of another kind than that of results[0].",
+                    expected=" ".join(wanted),
+                    got=" ".join(found),
+                )
+
+
+def backends() -> tuple[BackendStatus, ...]:
+    """Return every backend, whether it can run here and why not, then the plugins that failed to load."""
+    return default_registry().status()
+
+
+def register_backend(backend: Backend) -> None:
+    """Register a backend for this process, as a notebook or a test does; distributions use entry points.
+
+    Raises:
+        PluginLoadError: Not a Backend, another contract version, or a name that is taken.
+    """
+    default_registry().register(backend)
+
+
+def _request(
+    query: Array,
+    keys: Sequence[Array],
+    values: Sequence[Array],
+    spec: AttentionSpec | None,
+    weight: Any,
+    biases: Sequence[Array | None] | None,
+    key_masks: Sequence[Array | None] | None,
+    query_offset: int | None,
+    key_offsets: Sequence[int] | None,
+    statistics: ScoreStatistics | None,
+    backend: str,
+    *,
+    measured: bool = True,
+) -> tuple[Given, Request]:
+    """Check everything, measure what the method asks for, and return the request."""
+    given = read_operands(
+        query,
+        keys,
+        values,
+        weight=weight,
+        biases=biases,
+        key_masks=key_masks,
+        query_offset=query_offset,
+        key_offsets=key_offsets,
+    )
+    if spec is None:
+        spec = AttentionSpec(order=max(len(given.keys), 1), score="khatri_rao" if weight is None else "kronecker")
+    elif not isinstance(spec, AttentionSpec):
+        raise SpecError("spec must be an AttentionSpec.", expected="korder.AttentionSpec(...)", got=type(spec).__name__)
+    if not isinstance(backend, str):
+        raise OperandError("backend must be a name.", expected='a name, or "auto"', got=repr(backend))
+    problem = make_problem(spec, given.shapes, given.dtype, given.device, statistics)
+    request = Request(problem, to_kernel_layout(given, spec), given.kind, backend)
+    method = spec.polynomial
+    if measured and statistics is None and method is not None and method.tolerance is not None:
+        request = replace(request, problem=replace(problem, statistics=_measure(given, request)))
+    return given, request
+
+
+def _measure(given: Given, request: Request) -> ScoreStatistics:
+    from korder.methods import statistics
+
+    return statistics.measure(namespace_of_kind(given.kind), request.problem, request.operands)
+
+
+def _as_given(given: Given, array: Array) -> Array:
+    """(b, h, n, ..) back to the query's own leading axes."""
+    if len(given.shapes.query) == 4:
+        return array
+    return namespace_of_kind(given.kind).reshape(array, (*given.shapes.query[:-1], *array.shape[3:]))
+
+
+def _result(given: Given, outcome: Outcome, certificate: Certificate | None) -> Result:
+    if certificate is not None:
+        shaped = ("bound", "approximation", "rounding", "lse_bound", "score_range")
+        certificate = replace(certificate, **{name: _as_given(given, getattr(certificate, name)) for name in shaped})
+    return Result(
+        output=_as_given(given, outcome.output.output),
+        lse=_as_given(given, outcome.output.lse),
+        certificate=certificate,
+        provenance=outcome.provenance,
+    )
+
+
+def _plain_shape(weight: Any) -> Any:
+    if weight is None:
+        return None
+    return tuple(size if isinstance(size, int) else tuple(size) for size in weight)

@@ -1,0 +1,119 @@
+"""What the attention weights say, without ever storing them: marginals of each mode, and the tuples that won."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from korder.dispatch.arrays import Given, array_kind, namespace_of_kind, read_operands, to_kernel_layout
+from korder.dispatch.prepare import prepare
+from korder.dispatch.registry import default_registry
+from korder.errors import OperandError, UnsupportedProblemError
+from korder.problem import Problem, make_problem
+from korder.spec import AttentionSpec, Exact
+from korder.spi.operands import Operands, OutputGradients
+
+Array = Any
+
+
+def marginals(
+    query: Array,
+    keys: Sequence[Array],
+    *,
+    spec: AttentionSpec | None = None,
+    weight: Array | Sequence[Array] | None = None,
+    biases: Sequence[Array | None] | None = None,
+    key_masks: Sequence[Array | None] | None = None,
+    query_offset: int | None = None,
+    key_offsets: Sequence[int] | None = None,
+    backend: str = "auto",
+) -> tuple[Array, ...]:
+    """Return, for every mode, the probability of each of its keys: the weights summed over all other modes.
+
+    A marginal is the derivative of lse by a bias of its mode, so this is one backward pass of the exact method; the
+    tuples are never stored.
+
+    Shapes:
+        as `attend`; one array (b, h, n, m_t) per mode, rows summing to 1, or 0 where nothing may be attended to.
+
+    Raises:
+        UnsupportedProblemError: The spec asks for an approximate method.
+
+    Cost: about 6 n m1 .. mk d flop, and the output's size in memory.
+
+    Example:
+        >>> import numpy as np
+        >>> x = np.zeros((2, 3), "float32")
+        >>> marginals(x, (x,))[0].tolist()
+        [[0.5, 0.5], [0.5, 0.5]]
+    """
+    given, problem, operands = _exact_request(
+        query, keys, spec, weight, biases, key_masks, query_offset, key_offsets, "marginals"
+    )
+    xp = namespace_of_kind(given.kind)
+    problem = replace(problem, biases=("full",) * problem.order)
+    operands = replace(operands, biases=_full_biases(xp, problem, operands))
+    registry = default_registry()
+    kernel = prepare(registry, problem, given.kind, backend).kernel
+    saved = kernel.forward(operands, save=True)
+    # A row with nothing to attend to has lse = -inf and, by the contract, zero gradients.
+    gradients = OutputGradients(xp.zeros_like(saved.output), xp.ones_like(saved.lse))
+    found = kernel.backward(operands, saved, gradients, needs=frozenset({"biases"})).biases
+    leading = given.shapes.query[:-1]
+    return tuple(xp.reshape(array, (*leading, array.shape[-1])) for array in found)
+
+
+def _full_biases(xp: Any, problem: Problem, operands: Operands) -> tuple[Array, ...]:
+    """Every mode's bias written out over heads and queries, zero where none was given."""
+    full = []
+    for bias, length in zip(operands.biases, problem.lengths, strict=True):
+        shape = (problem.batch, problem.heads, problem.queries, length)
+        if bias is None:
+            bias = xp.zeros((1, 1, 1, 1), dtype=operands.query.dtype)
+        full.append(xp.broadcast_to(bias, shape))
+    return tuple(full)
+
+
+def _exact_request(
+    query: Array,
+    keys: Sequence[Array],
+    spec: AttentionSpec | None,
+    weight: Any,
+    biases: Any,
+    key_masks: Any,
+    query_offset: int | None,
+    key_offsets: Sequence[int] | None,
+    caller: str,
+) -> tuple[Given, Problem, Operands]:
+    """The exact problem of these scores, with values of width 1 that nobody looks at."""
+    values = [_no_values(key, f"keys[{t}]") for t, key in enumerate(keys)] if isinstance(keys, (tuple, list)) else keys
+    given = read_operands(
+        query,
+        keys,
+        values,
+        weight=weight,
+        biases=biases,
+        key_masks=key_masks,
+        query_offset=query_offset,
+        key_offsets=key_offsets,
+    )
+    if spec is None:
+        spec = AttentionSpec(order=max(len(given.keys), 1), score="khatri_rao" if weight is None else "kronecker")
+    if not isinstance(spec.method, Exact):
+        raise UnsupportedProblemError(
+            f"{caller} are those of the exact method.",
+            code="exact-only",
+            expected="a spec whose method is Exact()",
+            got=f"method={spec.method.kind}",
+            hint='spec.model_copy(update={"method": korder.Exact()})',
+        )
+    problem = make_problem(spec, given.shapes, given.dtype, given.device)
+    return given, problem, to_kernel_layout(given, spec)
+
+
+def _no_values(key: Array, name: str) -> Array:
+    kind = array_kind(key, name)
+    if key.ndim < 1:
+        raise OperandError(f"{name} must have at least two axes.", expected="(length, width)", got="a scalar")
+    return namespace_of_kind(kind).zeros_like(key[..., :1])
