@@ -1,0 +1,1 @@
+"""Runs what a run file describes: builds the data, computes, checks, and writes results whole or not at all."""

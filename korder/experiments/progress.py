@@ -1,0 +1,13 @@
+"""How a run tells what it is at, without knowing who listens."""
+
+from __future__ import annotations
+
+
+class Progress:
+    """Listens and says nothing; the command line has one that draws."""
+
+    def stage(self, text: str, total: int | None = None) -> None:
+        """Begin a stage; `total` is the number of steps it will report, None where it reports none."""
+
+    def advance(self) -> None:
+        """Report one step of the present stage."""
