@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+import korder
 from korder import api
 from korder.dispatch import rows
 from korder.dispatch.arrays import read_operands, to_kernel_layout
@@ -27,7 +28,6 @@ from korder.problem import ScoreStatistics
 from korder.result import Result
 from korder.spec import AttentionSpec, Exact
 from korder.spec.runs import ArraysData, AttendRun, SetCardsData
-from korder.weights import top_tuples
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +246,7 @@ def _answer_set_cards(report: Report, data: SetCardsData, inputs: Inputs) -> Non
     cards = set_cards.deal(data)
     lse = np.asarray(report.result.lse)
     count = int(max(set_cards.matches(lse).max(), 0)) + 1
-    tuples, _ = top_tuples(
+    tuples, _ = korder.top_tuples(
         inputs.query, inputs.keys, spec=report.run.attention, count=count, backend=report.run.backend
     )
     found, truth = set_cards.verdict(lse, np.asarray(tuples)), set_cards.brute_force(cards)

@@ -120,7 +120,7 @@ def _parents(target: Path) -> Iterator[None]:
     """Make the parents of the target, and take away again those made here if it fails."""
     missing = [parent for parent in target.parents if not parent.exists()]
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_parent(target)
         yield
     except BaseException:
         for parent in missing:
@@ -129,9 +129,29 @@ def _parents(target: Path) -> Iterator[None]:
         raise
 
 
+def _make_parent(target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(target, error) from None
+
+
+def _unwritable(target: Path, error: OSError) -> SpecError:
+    return SpecError(
+        f"the directory {target} cannot be written.",
+        code="output-unwritable",
+        expected="a place where files may be made",
+        got=f"{error.strerror or error}: {error.filename or target}",
+        hint="choose another with --output DIR.",
+    )
+
+
 @contextmanager
 def _building(target: Path) -> Iterator[Path]:
-    building = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    try:
+        building = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    except OSError as error:
+        raise _unwritable(target, error) from None
     try:
         # mkdtemp makes a private directory; the result is to have the ordinary permissions.
         mask = os.umask(0)

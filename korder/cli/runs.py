@@ -1,0 +1,220 @@
+"""The commands that take a run file: run, plan, validate; and schema, which says what may stand in one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from korder.cli.output import DONE, FAILED, Format, FormatOption, TerminalProgress, print_json, reported
+from korder.errors import SpecError
+
+if TYPE_CHECKING:
+    from korder.experiments.attend import ExactNeed, Report
+    from korder.planning.plan import Plan
+    from korder.spec.runs import AttendRun, Run
+
+FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A run file: TOML, JSON or YAML.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, for example attention.order=3; repeatable."),
+]
+BackendOption = Annotated[str | None, typer.Option("--backend", help="Run by this backend or not at all.")]
+
+
+def run_file(
+    file: FileArgument,
+    overrides: SetOption = None,
+    output: Annotated[Path | None, typer.Option("--output", metavar="DIR", help="Directory for the results.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results of an earlier run.")] = False,
+    backend: BackendOption = None,
+    form: FormatOption = Format.text,
+) -> None:
+    """Run what a file describes, check it, and write the results."""
+    with reported(form):
+        run = _read(file, overrides, backend, output, overwrite)
+        if run.kind == "benchmark":
+            from korder.cli.machine import run_benchmark
+
+            run_benchmark(run, form)
+            return
+        report, files = _attend(run)
+        if form is Format.json:
+            from korder.experiments.record import record_of
+
+            print_json({**record_of(report), "files": [str(path) for path in files]})
+        else:
+            typer.echo(_report_text(report, files))
+    raise typer.Exit(DONE if report.passed else FAILED)
+
+
+def plan_file(
+    file: FileArgument,
+    overrides: SetOption = None,
+    backend: BackendOption = None,
+    form: FormatOption = Format.text,
+) -> None:
+    """Say how a file would be computed, at which cost and by whom; nothing is computed."""
+    with reported(form):
+        run = _attend_only(_read(file, overrides, backend), "plan")
+        from korder.dispatch.registry import default_registry
+        from korder.dispatch.select import select
+        from korder.experiments.attend import plans_of
+
+        plans = plans_of(run)
+        chosen = select(default_registry(), plans, array_kind="numpy", requested=run.backend)
+        if form is Format.json:
+            rejected = [str(rejection) for rejection in chosen.rejected]
+            found = {"backend": chosen.backend.name, "chosen": chosen.rank, "rejected": rejected}
+            print_json({**found, "plans": [_plan_record(plan) for plan in plans]})
+            return
+        typer.echo(chosen.plan.explain())
+        typer.echo(f"\nbackend: {chosen.backend.name}")
+        others = [plan for rank, plan in enumerate(plans) if rank != chosen.rank]
+        for plan in others:
+            typer.echo(f"if that does not do: {_plan_line(plan)}")
+
+
+def validate_file(
+    file: FileArgument,
+    overrides: SetOption = None,
+    form: FormatOption = Format.text,
+) -> None:
+    """Check a file, and that the shapes of its data fit, without computing anything."""
+    with reported(form):
+        run = _read(file, overrides)
+        text = "valid benchmark"
+        if run.kind == "attend":
+            from korder.experiments.data import check_problem, outline
+
+            text = f"valid: {check_problem(run, outline(run)).describe()}"
+        if form is Format.json:
+            print_json({"file": str(file), "kind": run.kind, "valid": True, "run": run.model_dump(mode="json")})
+        else:
+            typer.echo(f"{file}: {text}")
+
+
+def print_schema(form: FormatOption = Format.text) -> None:
+    """Print the JSON Schema of run files, in either format."""
+    from korder.spec.files import run_schema
+
+    print_json(run_schema())
+
+
+def _read(
+    file: Path,
+    overrides: list[str] | None,
+    backend: str | None = None,
+    output: Path | None = None,
+    overwrite: bool = False,
+) -> Run:
+    """Read a file with every override of the command line; options win over --set."""
+    from korder.spec.files import apply_override, read_mapping
+    from korder.spec.runs import parse_run
+
+    content = read_mapping(file)
+    for override in overrides or ():
+        content = apply_override(content, override)
+    if backend is not None:
+        content["backend"] = backend
+    table = content.get("output", {})
+    if isinstance(table, dict) and (output is not None or overwrite):
+        chosen: dict[str, Any] = {"directory": str(output)} if output is not None else {}
+        content["output"] = {**table, **chosen, **({"overwrite": True} if overwrite else {})}
+    return parse_run(content)
+
+
+def _attend_only(run: Run, command: str) -> AttendRun:
+    if run.kind == "attend":
+        return run
+    raise SpecError(
+        f"`korder {command}` takes a run file that attends.",
+        code="spec-kind",
+        expected='kind = "attend"',
+        got=f'kind = "{run.kind}"',
+        hint="`korder bench FILE` runs a benchmark.",
+    )
+
+
+def _attend(run: AttendRun) -> tuple[Report, list[Path]]:
+    from korder.experiments.attend import run_attend
+    from korder.experiments.results import check_output, write_report
+
+    check_output(run.output)
+    with TerminalProgress() as progress:
+        report = run_attend(run, progress)
+        progress.stage("writing the results")
+        return report, write_report(report)
+
+
+def _plan_record(plan: Plan) -> dict[str, Any]:
+    degree = None if plan.polynomial is None else plan.polynomial.degree
+    text = {"problem": plan.problem.describe(), "explain": plan.explain(), "notes": list(plan.notes)}
+    return {"method": plan.method, "degree": degree, "cost": asdict(plan.cost), **text}
+
+
+def _plan_line(plan: Plan) -> str:
+    from korder.planning.explain import count, size
+
+    degree = "" if plan.polynomial is None else f" of degree {plan.polynomial.degree}"
+    return f"{plan.method}{degree}, {count(plan.cost.flops)} flop, {size(plan.cost.peak_memory)}"
+
+
+def _report_text(report: Report, files: list[Path]) -> str:
+    assert report.result.provenance is not None
+    blocks = [report.plan.explain()]
+    done = f"backend: {report.result.provenance.backend}, attention in {report.timings['attend_seconds']:.3g} s"
+    blocks.append("\n".join([done, *(f"replanned: {reason}" for reason in report.result.provenance.replanned)]))
+    if report.answer:
+        blocks.append("\n".join(report.answer))
+    accuracy = _accuracy_lines(report)
+    if accuracy:
+        blocks.append("\n".join(accuracy))
+    lines = [f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.detail}" for check in report.checks]
+    blocks.append("\n".join([*lines, *(f"note: {text}" for text in report.warnings)]))
+    if files:
+        blocks.append("written: " + ", ".join(str(path) for path in files))
+    return "\n\n".join(blocks)
+
+
+def _accuracy_lines(report: Report) -> list[str]:
+    from korder.experiments.record import certificate_summary
+
+    summary = certificate_summary(report.result.certificate)
+    lines = []
+    if summary is not None:
+        lines.append(
+            f"certificate ({summary['kind']}): error at most {_short(summary['bound_largest'])} in every row, "
+            f"{_short(summary['bound_median'])} in the median row; scores within "
+            f"[{_short(summary['score_low'])}, {_short(summary['score_high'])}]"
+        )
+    if report.measured is not None:
+        measured = report.measured
+        lines.append(
+            f"measured: error at most {measured.errors.max():.3g} in {len(measured.positions)} rows computed exactly, "
+            f"which took {measured.seconds:.3g} s"
+        )
+    return lines + ([_exact_line(report, report.exact_need)] if report.exact_need is not None else [])
+
+
+def _exact_line(report: Report, need: ExactNeed) -> str:
+    from korder.planning.explain import count, size
+
+    cost = need.plan.cost
+    text = (
+        f"exact would need: {count(cost.flops)} flop and {count(cost.exponentials)} exponentials, at least "
+        f"{need.seconds:.3g} s at the {need.flop_per_second / 1e9:.3g} GF/s of a matrix product here, in "
+        f"{size(cost.peak_memory)}"
+    )
+    if report.measured is None or not report.measured.positions:
+        return text
+    problem = report.plan.problem
+    per_row = report.measured.seconds / len(report.measured.positions)
+    whole = per_row * problem.batch * problem.heads * problem.queries
+    return f"{text}; {whole:.3g} s at the rate of the rows measured"
+
+
+def _short(value: float | str | None) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

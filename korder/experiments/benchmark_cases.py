@@ -1,0 +1,182 @@
+"""The problems that the benchmark measures, and the checks without which it prints no speed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from korder.dispatch.prepare import Prepared, prepare
+from korder.dispatch.registry import default_registry
+from korder.experiments.inputs import FloatArray, rescaled, score_rms
+from korder.planning.plan import Plan
+from korder.problem import Shapes, make_problem
+from korder.spec import AttentionSpec
+from korder.spi.operands import NEEDS, KernelOutput, OperandGradients, Operands, OutputGradients
+
+_CHUNK = 256  # keys of the first mode in a block of the reference
+_SLACK = 4.0  # times the error of a plain evaluation in the same dtype
+_IDENTITY = 1e-4  # of the absolute terms: float32 sums of a few million products, with room
+
+
+class Disagreement(Exception):  # noqa: N818 - not an error of the user's, but a finding of the benchmark
+    """The outputs of a case are not what they should be, so its speed means nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Operands in the kernel layout, the kernel that is measured, and the gradient of a made-up loss."""
+
+    operands: Operands
+    prepared: Prepared
+    cotangent: FloatArray
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that the kernel runs."""
+        return self.prepared.selection.plan
+
+    @property
+    def flops(self) -> float:
+        """Flop of the forward, by the counting convention: products only, exponentials free."""
+        problem = self.plan.problem
+        if self.plan.polynomial is not None:
+            features, columns = self.plan.polynomial.features, problem.value_width + 1
+            return 2.0 * (problem.order + 1) * problem.queries * features * columns
+        return 2.0 * problem.queries * problem.tuples * (problem.query_width + problem.value_width)
+
+    def forward(self, save: bool = False) -> KernelOutput:
+        """Run the forward once."""
+        return self.prepared.kernel.forward(self.operands, save=save)
+
+    def backward(self, saved: KernelOutput) -> OperandGradients:
+        """Run the backward once."""
+        needs = frozenset(NEEDS - {"biases", "weight"})
+        return self.prepared.kernel.backward(self.operands, saved, OutputGradients(self.cotangent), needs=needs)
+
+
+def make_case(
+    spec: AttentionSpec, n: int, width: int, backend: str, score_size: float | None = None, dtype: str = "float32"
+) -> Case:
+    """Return self-attention over n seeded standard normal tokens, a different tensor in every place."""
+    generator = np.random.default_rng(n)
+    draw: Callable[[], FloatArray] = lambda: generator.standard_normal((1, 1, n, width)).astype(dtype)  # noqa: E731
+    query, keys = draw(), tuple(draw() for _ in range(spec.order))
+    query = rescaled(query, score_rms(query, keys, spec.score_factor(width)), score_size)
+    values = tuple(draw() for _ in range(spec.order))
+    none = (None,) * spec.order
+    operands = Operands(query, keys, values, none, none, key_offsets=(0,) * spec.order)
+    shapes = Shapes(query.shape, tuple(key.shape for key in keys), tuple(value.shape for value in values))
+    problem = make_problem(spec, shapes, dtype)
+    return Case(operands, prepare(default_registry(), problem, "numpy", backend), draw())
+
+
+def require_forward(case: Case, rows: int = 2) -> float:
+    """Compare sampled rows with a plain evaluation in float64, and return the largest error.
+
+    Raises:
+        Disagreement: An error above 4 times that of a plain evaluation in the same dtype, plus one unit in the last
+            place of the largest output.
+    """
+    output = np.asarray(case.forward().output)[0, 0]
+    worst = 0.0
+    for row in _rows(case, rows):
+        truth = _reference_row(case, row, np.float64)[0]
+        plain = _reference_row(case, row, case.operands.query.dtype)[0]
+        error, allowed = _errors(output[row], truth, plain)
+        worst = max(worst, error)
+        if not error <= allowed:
+            raise Disagreement(f"row {row} of the output is off by {error:.2e}, allowed {allowed:.2e}")
+    return worst
+
+
+def require_backward(case: Case, saved: KernelOutput, rows: int = 1) -> None:
+    """Compare sampled rows of the query's gradient with the closed form, and all gradients with each other.
+
+    A score is linear in the query and in every key, so sum(x grad x) is one number for all of them; an output is
+    linear in every value, so sum(v grad v) is sum(out grad out) for each.
+
+    Raises:
+        Disagreement: A gradient that is not what it should be.
+    """
+    gradients = case.backward(saved)
+    got = np.asarray(gradients.query)[0, 0]
+    for row in _rows(case, rows):
+        truth = _reference_row(case, row, np.float64)[1]
+        plain = _reference_row(case, row, case.operands.query.dtype)[1]
+        error, allowed = _errors(got[row], truth, plain)
+        if not error <= allowed:
+            raise Disagreement(f"row {row} of the query's gradient is off by {error:.2e}, allowed {allowed:.2e}")
+    query = _pairing(case.operands.query, gradients.query)
+    output = _pairing(saved.output, case.cotangent)
+    for t in range(case.plan.problem.order):
+        _require_equal(f"keys[{t}]", _pairing(case.operands.keys[t], gradients.keys[t]), query)
+        _require_equal(f"values[{t}]", _pairing(case.operands.values[t], gradients.values[t]), output)
+
+
+def _rows(case: Case, count: int) -> list[int]:
+    return [int(row) for row in np.linspace(0, case.plan.problem.queries - 1, count + 2)[1:-1]]
+
+
+def _errors(got: FloatArray, truth: FloatArray, plain: FloatArray) -> tuple[float, float]:
+    """The error, and what the ratio rule allows."""
+    largest = np.max(np.abs(truth))
+    unit = float(np.spacing(largest.astype(plain.dtype)))
+    return float(np.max(np.abs(got - truth))), _SLACK * float(np.max(np.abs(plain - truth))) + unit
+
+
+def _pairing(array: Any, gradient: Any) -> tuple[float, float]:
+    """The sum of products, and of their absolute values."""
+    terms = np.asarray(array, dtype=np.float64) * np.asarray(gradient, dtype=np.float64)
+    return float(terms.sum()), float(np.abs(terms).sum())
+
+
+def _require_equal(name: str, left: tuple[float, float], right: tuple[float, float]) -> None:
+    gap, terms = abs(left[0] - right[0]), max(left[1], right[1])
+    if not gap <= _IDENTITY * terms:
+        raise Disagreement(f"the gradient of {name} breaks an identity by {gap:.2e} of terms that sum to {terms:.2e}")
+
+
+def _reference_row(case: Case, row: int, dtype: Any) -> tuple[FloatArray, FloatArray]:
+    """Return output and query gradient of one row of an order-2 case, by explicit scores, a block of keys at a time."""
+    operands = case.operands
+    query = operands.query[0, 0, row].astype(dtype)
+    keys = [key[0, 0].astype(dtype) for key in operands.keys]
+    values = [value[0, 0].astype(dtype) for value in operands.values]
+    cotangent = case.cotangent[0, 0, row].astype(dtype)
+    scale = _number(case.plan.problem.scale, dtype)
+    weigh, slope = _weights(case.plan, scale * (query @ (keys[0].mean(axis=0) * keys[1].mean(axis=0))))
+    total, weighted = _number(0.0, dtype), np.zeros_like(values[0][0])
+    for block in _blocks(keys[0]):
+        weight = weigh(scale * ((query * keys[0][block]) @ keys[1].T))
+        total += weight.sum()
+        weighted += (values[0][block] * (weight @ values[1])).sum(axis=0)
+    output = weighted / total
+    gradient = np.zeros_like(query)
+    for block in _blocks(keys[0]):
+        score = scale * ((query * keys[0][block]) @ keys[1].T)
+        of_values = (cotangent * values[0][block]) @ values[1].T
+        of_scores = slope(score) / total * (of_values - cotangent @ output)
+        gradient += scale * (keys[0][block] * (of_scores @ keys[1])).sum(axis=0)
+    return output, gradient
+
+
+def _number(value: float, dtype: Any) -> Any:
+    """Return a number of the dtype, so that it does not widen what it multiplies."""
+    return np.dtype(dtype).type(value)
+
+
+def _blocks(keys: FloatArray) -> list[slice]:
+    return [slice(start, start + _CHUNK) for start in range(0, len(keys), _CHUNK)]
+
+
+def _weights(plan: Plan, centre: Any) -> tuple[Callable[[FloatArray], FloatArray], Callable[[FloatArray], FloatArray]]:
+    """The unnormalised weight of a score, and its derivative."""
+    if plan.polynomial is None:
+        # Standard normal scores reach about 10, far from overflow.
+        return np.exp, np.exp
+    polynomial = np.polynomial.Polynomial(np.asarray(plan.polynomial.values, dtype=np.asarray(centre).dtype))
+    derivative = polynomial.deriv()
+    return lambda score: polynomial(score - centre), lambda score: derivative(score - centre)
