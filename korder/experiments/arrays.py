@@ -7,11 +7,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from korder.errors import OperandError, ShapeError, SpecError
+from korder.errors import KorderError, OperandError, ShapeError, SpecError
 from korder.experiments.inputs import FloatArray, Inputs
 
 _NAME = re.compile(r"query|weight|(?:key|value|weight|bias|key_mask)_[1-9]\d*")
@@ -81,13 +82,16 @@ def _read(path: Path) -> Mapping[str, NDArray[Any]]:
 
 def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
     try:
-        archive = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        # Opened here: NumPy leaves a file open when it turns out to be no archive.
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("a single array, not an .npz archive")
+            return {name: _member(path, archive, name) for name in archive.files}
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        if isinstance(error, KorderError):
+            raise
         raise _unreadable(path, error) from None
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise _unreadable(path, ValueError("a single array or a pickle, not an .npz archive"))
-    with archive:
-        return {name: _member(path, archive, name) for name in archive.files}
 
 
 def _member(path: Path, archive: Any, name: str) -> NDArray[Any]:
