@@ -123,6 +123,8 @@ def run_attend(run: AttendRun, progress: Progress | None = None) -> Report:
             or an output is not finite.
     """
     progress = progress or Progress()
+    if run.backend != "auto":
+        default_registry().get(run.backend)  # a name that nothing has is told before any operand is made
     timings: dict[str, float] = {}
     progress.stage("making the operands")
     with _timed(timings, "data_seconds"):

@@ -1,0 +1,94 @@
+"""The examples run, and their answers are checked."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from korder.cli.app import app
+from korder.experiments import set_cards
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(name: str, *overrides: str) -> tuple[int, str]:
+    arguments = ["run", str(EXAMPLES / name)]
+    for override in overrides:
+        arguments += ["--set", override]
+    result = CliRunner().invoke(app, arguments)
+    return result.exit_code, result.output
+
+
+def test_quickstart_finds_every_set() -> None:
+    status, text = run("quickstart.toml")
+    assert status == 0, text
+    assert "peak memory" in text
+    assert "ok    cards: 12 of 12" in text
+    assert "2 SETs: " in text
+    folder = Path("runs/quickstart")
+    record = json.loads((folder / "result.json").read_text())
+    assert record["passed"]
+    assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
+    output = np.load(folder / "arrays.npz", allow_pickle=False)["output"]
+    # A row of the output is the chance of each card to be the first partner: 1 over the matching tuples.
+    assert output.shape == (12, 12)
+    np.testing.assert_allclose(output.sum(axis=1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("table", "seed"), [(3, 0), (15, 2), (21, 11)])
+def test_other_tables(table: int, seed: int) -> None:
+    status, text = run("quickstart.toml", f"data.table={table}", f"data.seed={seed}", "output.plot=false")
+    assert status == 0, text
+
+
+def test_a_layer_that_is_wrong_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Too blunt a layer cannot tell a SET from three cards that miss it by one attribute.
+    monkeypatch.setattr(set_cards, "sharpness", lambda cards: 0.2)
+    status, text = run("quickstart.toml", "output.plot=false")
+    assert status == 1
+    assert "FAIL" in text
+
+
+def test_the_polynomial_method_refuses_the_quickstart() -> None:
+    """Deciding triples needs large scores, where no degree worth its cost can be certified."""
+    status, text = run("quickstart.toml", "attention.method={kind='polynomial', tolerance=1e-3}")
+    assert status == 1
+    assert "AccuracyError" in text
+    assert not Path("runs").exists()
+
+
+def test_long_text_at_a_small_size() -> None:
+    status, text = run("long_text.toml", "data.tokens=1009", "attention.method.estimate_rows=7")
+    assert status == 0, text
+    assert "certificate (" in text
+    assert "exact would need" in text
+    record = json.loads(Path("runs/long_text/result.json").read_text())
+    measured = record["measured_rows"]
+    assert len(measured["errors"]) == 7
+    assert all(0 < e <= c for e, c in zip(measured["errors"], measured["certified"], strict=True))
+    assert record["exact_would_need"]["flops"] >= 2 * 1009**3 * 32
+
+
+def test_long_text_is_long() -> None:
+    import tomllib
+
+    content = tomllib.loads((EXAMPLES / "long_text.toml").read_text())
+    assert content["data"]["tokens"] >= 100_000
+    assert content["attention"]["method"]["estimate_rows"] >= 4
+
+
+def test_order_two_by_hand() -> None:
+    script = EXAMPLES / "01_order2_by_hand.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    assert "largest difference" in done.stdout
