@@ -1,0 +1,266 @@
+"""The polynomial method over any Array API namespace: exp becomes a polynomial, sums over tuples products of sums.
+
+`PolynomialKernel` is functional and readable; a backend overrides the five array operations at its end, or a pass. The
+causal form stands in `running`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from array_api_compat import device
+
+from korder.errors import AccuracyError
+from korder.methods.factors import Factor, Plane, assemble, planes
+from korder.methods.features import FeatureTable, feature_adjoint, feature_table, multinomials, polynomial_features
+from korder.methods.readings import (
+    Kept,
+    Progress,
+    Reading,
+    ReadTable,
+    centred_coefficients,
+    centred_powers,
+    nonzero,
+    prod_arrays,
+    sum_arrays,
+)
+from korder.methods.sight import live_rows
+from korder.methods.statistics import column_peaks, row_centres
+from korder.planning.plan import Plan, PolynomialPlan
+from korder.spi.operands import KernelOutput, OperandGradients, Operands, OutputGradients
+
+Array = Any
+
+SUM_BLOCK = 256
+"""Terms summed in the compute dtype before they join a float64 total."""
+
+
+class PolynomialKernel:
+    """A compiled polynomial plan.
+
+    Cost:      2 (k + 1) n r (e + 1) flop, linear in tokens; workspace k r (e + 1) plus one block of features.
+    Numerics:  sums of at most 256 terms in the compute dtype, joined in float64; degrees are combined in float64.
+    Source:    Alman & Song, arXiv 2310.04064; certificates, centring and layout are ours.
+    """
+
+    def __init__(self, xp: Any, plan: Plan) -> None:
+        assert plan.polynomial is not None
+        self.xp = xp
+        self.plan = plan
+        self.problem = plan.problem
+        self.polynomial: PolynomialPlan = plan.polynomial
+        self.table: FeatureTable = feature_table(plan.problem.score_width, plan.polynomial.degree)
+        self.dtype = getattr(xp, plan.problem.accumulation)
+        self.rounding_unit = (SUM_BLOCK + 8) * 0.5 * float(xp.finfo(self.dtype).eps)
+        self.workspace_bytes = plan.cost.peak_memory
+        self.progress: Callable[[float], None] | None = None
+        """Told the share of tokens done, from the thread that runs the kernel."""
+
+    def forward(self, operands: Operands, *, save: bool, residuals: dict[str, Any] | None = None) -> KernelOutput:
+        """Return output, lse and what certificates need; see `korder.spi.Kernel`.
+
+        Raises:
+            AccuracyError: The polynomial sums to a number that is not positive in a row with a live tuple.
+        """
+        xp, problem = self.xp, self.problem
+        known = residuals or {}
+        centre = known.get("centre")
+        if centre is None:
+            centre = row_centres(xp, problem, operands, self.polynomial.coefficients)
+        live, log_weights = live_rows(xp, problem, operands, known.get("maxima"))
+        progress = self._progress(operands)
+        pieces: tuple[dict[tuple[int, int], list[Array]], ...] = ({}, {}, {}, {})
+        kept = Kept(save)
+        for index, plane in enumerate(planes(xp, problem, operands, known.get("maxima"))):
+            scales = self.column_scales(plane) if "scales" not in known else known["scales"][index, ...]
+            states: list[Array] = []
+            for head, start, stop, reading in self.readings(operands, plane, scales, states, progress):
+                at = (plane.batch, head, slice(start, stop))
+                for store, part in zip(pieces, self._finish(reading, centre[at], live[at]), strict=True):
+                    store.setdefault((plane.batch, head), []).append(part)
+            kept.close(xp, plane, scales, states)
+        width = problem.value_width
+        mean = assemble(xp, pieces[1], problem)
+        normaliser = xp.where(live, mean * xp.exp(log_weights), xp.zeros_like(mean))
+        self.check_normaliser(mean, live)
+        maxima = kept.row_maxima(xp, problem)
+        logs = xp.log(xp.where(live, mean, xp.ones_like(mean))) + log_weights + centre + maxima
+        return KernelOutput(
+            output=assemble(xp, pieces[0], problem, (width,), operands.query.dtype),
+            lse=xp.where(live, logs, xp.full_like(logs, -float("inf"))),
+            normaliser=normaliser,
+            moments=assemble(xp, pieces[2], problem, (self.polynomial.degree + 1,)),
+            magnitude=assemble(xp, pieces[3], problem),
+            residuals=kept.residuals(xp, centre) if save else None,
+        )
+
+    def readings(
+        self, operands: Operands, plane: Plane, scales: Array, states: list[Array], progress: Progress
+    ) -> Iterator[tuple[int, int, int, Reading]]:
+        """Yield (head, start, stop, reading) for the rows of a plane; puts its modes' key states into `states`."""
+        if self.problem.spec.mask.kind == "causal":
+            from korder.methods.running import causal_readings
+
+            yield from causal_readings(self, operands, plane, scales, states, progress)
+            return
+        found = [self.key_state(plane, t, scales, progress) for t in range(self.problem.order)]
+        states += [state for state, _ in found]
+        table = self.read_table(found, scales)
+        for head, query in zip(plane.heads, plane.queries, strict=True):
+            for start, stop in self.blocks(query.length):
+                features = self.features(self.scaled(query, scales[0, ...], start, stop))
+                yield head, start, stop, self.read(features, table)
+                progress.advance(stop - start)
+
+    def key_state(self, plane: Plane, mode: int, scales: Array, progress: Progress) -> tuple[Array, Array]:
+        """Return the sums over keys of u [w v, w] (r, e + 1) and of |u| w (r, 1), in float64."""
+        xp = self.xp
+        key = plane.keys[mode]
+        shape = (self.table.features, self.problem.value_width + 1)
+        state = xp.zeros(shape, dtype=xp.float64, device=device(key.rows))
+        absolute = xp.zeros((shape[0], 1), dtype=xp.float64, device=device(key.rows))
+        for start, stop in self.blocks(key.length):
+            features = self.features(self.scaled(key, scales[mode + 1, ...], start, stop))
+            weighted = plane.values_and_weights(xp, mode, start, stop)
+            state = state + self.product(features, weighted)
+            absolute = absolute + self.absolute_product(features, weighted[:, -1:])
+            progress.advance(stop - start)
+        return state, absolute
+
+    def read_table(self, states: list[tuple[Array, Array]], scales: Array) -> ReadTable:
+        """Return the table that the key states make together: mean products, times multiplicities and scales."""
+        xp = self.xp
+        counts = [nonzero(xp, state[:1, -1:]) for state, _ in states]
+        values = prod_arrays([state / count for (state, _), count in zip(states, counts, strict=True)])
+        absolute = prod_arrays([total / count for (_, total), count in zip(states, counts, strict=True)])
+        return self.normalised(values, absolute, scales)
+
+    def normalised(self, values: Array, absolute: Array, scales: Array) -> ReadTable:
+        """Split a table (r, ..) by degree, times multiplicities, scales and `scale`, each degree to at most 1."""
+        xp = self.xp
+        monomials = self.monomial_weights(scales)
+        parts = ReadTable([], [], [], [])
+        for s in range(self.polynomial.degree + 1):
+            rows = self.table.rows(s)
+            power = self.problem.scale**s
+            for source, entries, factors, sign in (
+                (values, parts.values, parts.factors, power),
+                (absolute, parts.absolute, parts.absolute_factors, abs(power)),
+            ):
+                block = source[rows, :] * monomials[rows, :]
+                finite = xp.where(xp.isfinite(block), xp.abs(block), xp.zeros_like(block))
+                largest = nonzero(xp, xp.max(finite))
+                entries.append(xp.astype(block / largest, self.dtype))
+                factors.append(largest * sign)
+        return parts
+
+    def monomial_weights(self, scales: Array) -> Array:
+        """Return multiplicities times the product of all column scales to the monomial's power: (r, 1) float64."""
+        xp = self.xp
+        counts = xp.asarray(multinomials(self.table), dtype=xp.float64, device=device(scales))
+        product = prod_arrays([scales[t, ...] for t in range(self.problem.order + 1)])
+        return counts[:, None] * polynomial_features(xp, self.table, product[:, None])
+
+    def read(self, features: Array, table: ReadTable) -> Reading:
+        """Return the means of the score's powers at a block of rows."""
+        xp = self.xp
+        sums, absolute = [], []
+        for s in range(self.polynomial.degree + 1):
+            columns = xp.permute_dims(features[self.table.rows(s), :], (1, 0))
+            sums.append(self.product(columns, table.values[s]) * table.factors[s])
+            found = self.absolute_product(columns, table.absolute[s])
+            absolute.append(found[:, 0] * table.absolute_factors[s])
+        return Reading(sums, absolute)
+
+    def _finish(self, reading: Reading, centre: Array, live: Array) -> tuple[Array, Array, Array, Array]:
+        """Return output, mean polynomial, moments and magnitude of a block of rows."""
+        xp = self.xp
+        coefficients = centred_coefficients(self.polynomial.values, -centre)
+        total = sum_arrays([c[:, None] * x for c, x in zip(coefficients, reading.sums, strict=True)])
+        mean = total[:, -1]
+        safe = xp.where(live, mean, xp.ones_like(mean))
+        output = xp.where(live[:, None], total[:, :-1] / safe[:, None], xp.zeros_like(total[:, :-1]))
+        moments = centred_powers([x[:, -1] for x in reading.sums], -centre)
+        absolute = centred_powers(reading.absolute, xp.abs(centre))
+        magnitude = sum_arrays([abs(c) * x for c, x in zip(self.polynomial.values, absolute, strict=True)]) / safe
+        zero = xp.zeros_like(mean)
+        dtype = getattr(xp, self.problem.dtype)
+        stacked = xp.stack([xp.where(live, x, zero) for x in moments], axis=1)
+        return xp.astype(output, dtype), xp.where(live, mean, zero), stacked, xp.where(live, magnitude, zero)
+
+    def backward(
+        self, operands: Operands, saved: KernelOutput, grads: OutputGradients, *, needs: frozenset[str]
+    ) -> OperandGradients:
+        """Return the gradients of the function that forward computed, its statistics held constant."""
+        from korder.methods.feature_gradients import backward
+
+        return backward(self, operands, saved, grads, needs)
+
+    def check_normaliser(self, mean: Array, live: Array) -> None:
+        """Raise if a row with a live tuple has a finite mean polynomial that is not positive."""
+        xp = self.xp
+        bad = xp.logical_and(live, xp.logical_and(xp.isfinite(mean), mean <= 0.0))
+        if not bool(xp.any(bad)):
+            return
+        flat = int(xp.argmax(xp.reshape(xp.astype(bad, xp.int8), (-1,))))
+        head, row = divmod(flat, self.problem.queries)
+        batch, head = divmod(head, self.problem.heads)
+        value = float(mean[batch, head, row])
+        raise AccuracyError(
+            f"the polynomial of degree {self.polynomial.degree} sums to a number that is not positive "
+            f"in batch {batch}, head {head}, row {row}.",
+            code="normaliser-not-positive",
+            expected="a positive mean of the polynomial over the row's tuples",
+            got=f"{value:g}",
+            hint="use an even degree, float64, a smaller scale, or method Exact(): this row's scores spread too far.",
+        )
+
+    def blocks(self, length: int) -> Iterator[tuple[int, int]]:
+        """Yield the blocks of tokens of which features are built at a time."""
+        for start in range(0, length, self.polynomial.chunk):
+            yield start, min(start + self.polynomial.chunk, length)
+
+    def column_scales(self, plane: Plane) -> Array:
+        """Return powers of two near the largest finite live entry of every column: (k + 1, w) float64."""
+        xp = self.xp
+        queries = xp.max(xp.stack([column_peaks(xp, query) for query in plane.queries], axis=0), axis=0)
+        largest = xp.stack([queries, *(column_peaks(xp, key) for key in plane.keys)], axis=0)
+        usable = xp.where(largest > 0.0, largest, xp.ones_like(largest))
+        return xp.pow(xp.full_like(usable, 2.0), xp.ceil(xp.log2(usable)))
+
+    def scaled(self, factor: Factor, scale: Array, start: int, stop: int) -> Array:
+        """Return a factor's columns over their scales: (w, stop - start), entries of at most 1."""
+        return self.normalise_columns(factor.columns(self.xp, start, stop), scale)
+
+    def normalise_columns(self, columns: Array, scale: Array) -> Array:
+        """Return columns (w, c) over their scales; for gradients, the adjoint of the same."""
+        return columns / self.xp.astype(scale, self.dtype)[:, None]
+
+    def _progress(self, operands: Operands) -> Progress:
+        tokens = sum(self.problem.lengths) * self.problem.groups + self.problem.queries * self.problem.heads
+        return Progress(tokens * self.problem.batch, self.progress, [0])
+
+    # The array operations that a backend may override.
+
+    def features(self, columns: Array) -> Array:
+        """Return the monomials (r, c) of columns (w, c)."""
+        return polynomial_features(self.xp, self.table, columns)
+
+    def adjoint(self, columns: Array, features: Array, gradient: Array) -> Array:
+        """Return the gradient of the columns (w, c), given that of the features (r, c)."""
+        return feature_adjoint(self.xp, self.table, columns, features, gradient)
+
+    def product(self, left: Array, right: Array) -> Array:
+        """Return left (p, q) @ right (q, s) in float64, summed in the compute dtype over at most `SUM_BLOCK` terms."""
+        xp = self.xp
+        total = None
+        for start in range(0, left.shape[1], SUM_BLOCK):
+            stop = min(start + SUM_BLOCK, left.shape[1])
+            part = xp.astype(xp.matmul(left[:, start:stop], right[start:stop, :]), xp.float64)
+            total = part if total is None else total + part
+        return total
+
+    def absolute_product(self, left: Array, right: Array) -> Array:
+        """Return |left| (p, q) @ right (q, 1) as `product` does."""
+        return self.product(self.xp.abs(left), right)

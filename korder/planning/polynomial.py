@@ -1,0 +1,232 @@
+"""Plans of the polynomial method: coefficients, degrees worth trying for a tolerance, blocks under the memory limit.
+
+Pure functions of a Problem. Statistics choose the degree; certificates, made after running, decide if it was right.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import comb, inf, prod
+
+from korder.errors import UnsupportedProblemError
+from korder.planning.coefficients import (
+    Coefficients,
+    coefficients_of,
+    ratio_range,
+    shift_bound,
+    taylor_remainder,
+)
+from korder.planning.plan import Cost, Plan, PolynomialPlan
+from korder.problem import ITEM_BYTES, Problem
+
+FEATURE_BUDGET = 2**21
+"""Most features of a degree that is chosen for a tolerance."""
+HIGHEST_DEGREE = 64
+CHUNKS = (1024, 512, 256, 128, 64, 32, 16)
+"""Tokens whose features are built at a time, the largest that fits."""
+CAUSAL_CHUNK = 64
+
+
+def feature_count(width: int, degree: int) -> int:
+    """Return r = C(width + degree, degree), the monomials of `width` variables up to `degree`."""
+    return comb(width + degree, degree)
+
+
+@lru_cache(maxsize=256)
+def polynomial_plan(problem: Problem, degree: int) -> Plan:
+    """Return the plan that runs a problem with a polynomial of one degree.
+
+    Raises:
+        UnsupportedProblemError: No block of tokens meets the memory limit, a bias that differs between queries, or
+            minimax coefficients without an interval.
+    """
+    _refuse_full_biases(problem)
+    kind, interval = _coefficient_kind(problem)
+    features = feature_count(problem.score_width, degree)
+    causal = problem.spec.mask.kind == "causal"
+    chunk = _chunk(problem, degree, features, causal)
+    state = problem.order * features * (problem.value_width + 1)
+    return Plan(
+        problem=problem,
+        method="polynomial",
+        cost=_cost(problem, features, state, chunk, causal),
+        polynomial=PolynomialPlan(
+            degree=degree,
+            coefficients=kind,
+            interval=interval,
+            values=coefficients_of(kind, degree, interval),
+            features=features,
+            state=state,
+            chunk=chunk,
+        ),
+        notes=_notes(problem, kind, degree),
+    )
+
+
+def _refuse_full_biases(problem: Problem) -> None:
+    full = [t for t, kind in enumerate(problem.biases) if kind == "full"]
+    if full:
+        raise UnsupportedProblemError(
+            "the polynomial method cannot take a bias that differs between queries.",
+            code="bias-unsupported",
+            expected="biases[t] with an axis of 1 in place of the queries: they multiply the features of keys",
+            got=f"a full bias in mode {full[0]}",
+            hint="use method Exact(), or drop the query axis of the bias.",
+        )
+
+
+def _coefficient_kind(problem: Problem) -> tuple[str, float | None]:
+    method = problem.spec.polynomial
+    if method is None or method.coefficients == "taylor":
+        return "taylor", None
+    measured = problem.statistics.half_width if problem.statistics is not None else None
+    interval = method.interval if method.interval is not None else measured
+    if interval is None:
+        raise UnsupportedProblemError(
+            "minimax coefficients need an interval.",
+            code="interval-missing",
+            expected="method.interval, or statistics= of these operands",
+            got="neither",
+            hint="korder.measure(...) gives statistics; their half_width is then the interval.",
+        )
+    return "minimax", min(max(interval, 1e-3), 64.0)
+
+
+def _notes(problem: Problem, kind: str, degree: int) -> tuple[str, ...]:
+    if kind == "taylor" and degree % 2:
+        return (f"degree {degree} is odd: its Taylor polynomial is negative far below a row's mean",)
+    return ()
+
+
+def _item(problem: Problem) -> int:
+    return ITEM_BYTES[problem.accumulation]
+
+
+def workspace(problem: Problem, degree: int, features: int, chunk: int, causal: bool) -> int:
+    """Return bytes beyond inputs and outputs: key states in float64, the table that is read, one block of features."""
+    item, channels = _item(problem), problem.value_width + 1
+    state = features * channels
+    kept = problem.order * (8 * state + 8 * features)
+    if causal:
+        block = (problem.order + 1) * features * chunk * item
+        return kept + 2 * block + 3 * RUNNING_ELEMENTS * item * (problem.order + 2)
+    rows = chunk * (problem.score_width + channels) * (8 + item) + (degree + 2) * chunk * channels * 8
+    return kept + max(state * (16 + item), features * chunk * item + state * item) + rows
+
+
+RUNNING_ELEMENTS = 2**16
+"""Elements of a block of running states, features by tokens by channels, that stays in cache."""
+
+
+def _chunk(problem: Problem, degree: int, features: int, causal: bool) -> int:
+    limit = int(problem.spec.policy.memory_limit)
+    sizes = [size for size in CHUNKS if not causal or size <= CAUSAL_CHUNK]
+    for size in sizes:
+        if workspace(problem, degree, features, size, causal) <= limit:
+            return size
+    needed = workspace(problem, degree, features, sizes[-1], causal)
+    raise UnsupportedProblemError(
+        f"the polynomial method of degree {degree} needs more memory than the policy allows.",
+        code="memory-limit",
+        expected=f"at most {limit} bytes of workspace",
+        got=f"{needed} bytes: {features} features of {problem.value_width + 1} channels in {problem.order} modes",
+        hint="raise policy.memory_limit, lower the degree, or use method Exact().",
+    )
+
+
+def _cost(problem: Problem, features: int, state: int, chunk: int, causal: bool) -> Cost:
+    item, channels = _item(problem), problem.value_width + 1
+    queries = problem.batch * problem.heads * problem.queries
+    keys = problem.batch * problem.groups * sum(problem.lengths)
+    products = 2 * features * channels * (queries + keys)
+    if causal:  # per token: k state updates, k products of states, one reading
+        products += features * channels * problem.order * queries
+    operand = ITEM_BYTES[problem.dtype]
+    moved = operand * (queries * (problem.query_width + problem.value_width) + keys * problem.value_width)
+    moved += (
+        operand
+        * problem.batch
+        * problem.groups
+        * sum(m * d for m, d in zip(problem.lengths, problem.key_widths, strict=True))
+    )
+    degree = _degree_of(problem.score_width, features)
+    return Cost(
+        flops=products + features * (queries + keys),
+        bytes_moved=moved + item * features * (queries + keys),
+        peak_memory=workspace(problem, degree, features, chunk, causal),
+        largest_intermediate=max(features * chunk, features * channels),
+    )
+
+
+def _degree_of(width: int, features: int) -> int:
+    degree = 0
+    while feature_count(width, degree) < features:
+        degree += 1
+    return degree
+
+
+def exact_flops(problem: Problem) -> int:
+    """Return what the exact method would cost: 2 n m1 .. mk (d + e)."""
+    rows = problem.batch * problem.heads * problem.queries
+    return 2 * rows * prod(problem.lengths) * (problem.score_width + problem.value_width)
+
+
+def predicted_error(problem: Problem, coefficients: Coefficients, kind: str) -> float:
+    """Return the error that the certificate will probably show, relative to the value range.
+
+    The sup certificate on the measured half-width, or for Taylor of even degree the moment certificate with the
+    moments of a normal distribution of the measured rms.
+    """
+    statistics = problem.statistics
+    if statistics is None:
+        return inf
+    width = min(statistics.half_width, 300.0)
+    sup = shift_bound(*ratio_range(coefficients, -width, width))
+    degree = len(coefficients) - 1
+    if kind != "taylor" or degree % 2 or statistics.rms == 0.0:
+        return sup
+    moment = float(prod(range(degree - 1, 0, -2))) * statistics.rms**degree
+    return min(sup, taylor_remainder(degree, width) * moment)
+
+
+def polynomial_degrees(problem: Problem) -> tuple[int, ...]:
+    """Return the degrees worth trying for the method's tolerance, lowest first.
+
+    From the lowest that the statistics promise on, even ones only for Taylor; the first is kept whatever it costs
+    within the feature budget, later ones while they cost less than the exact method and fit the memory limit.
+
+    Raises:
+        UnsupportedProblemError: Even the first is over the feature budget or the memory limit.
+    """
+    kind, interval = _coefficient_kind(problem)
+    method = problem.spec.polynomial
+    tolerance = method.tolerance if method is not None and method.tolerance is not None else inf
+    step = 2 if kind == "taylor" else 1
+    candidates = range(step, HIGHEST_DEGREE + 1, step)
+    promised = [
+        g for g in candidates if predicted_error(problem, coefficients_of(kind, g, interval), kind) <= tolerance
+    ]
+    first = promised[0] if promised else candidates[-1]
+    if problem.statistics is None:
+        first = candidates[0]
+    if feature_count(problem.score_width, first) > FEATURE_BUDGET:
+        raise UnsupportedProblemError(
+            f"tolerance {tolerance:g} asks for a polynomial of degree {first}.",
+            code="feature-budget",
+            expected=f"at most {FEATURE_BUDGET} features",
+            got=f"{feature_count(problem.score_width, first)} features of {problem.score_width} columns",
+            hint="use method Exact(), a larger tolerance, or a smaller scale: the scores spread too far.",
+        )
+    degrees = [first]
+    for degree in range(first + step, HIGHEST_DEGREE + 1, step):
+        if feature_count(problem.score_width, degree) > FEATURE_BUDGET or not _affordable(problem, degree):
+            break
+        degrees.append(degree)
+    return tuple(degrees)
+
+
+def _affordable(problem: Problem, degree: int) -> bool:
+    try:
+        return polynomial_plan(problem, degree).cost.flops < exact_flops(problem)
+    except UnsupportedProblemError:
+        return False
