@@ -62,9 +62,11 @@ def plan_file(
         from korder.dispatch.registry import default_registry
         from korder.dispatch.select import select
         from korder.experiments.attend import plans_of
+        from korder.experiments.placement import placement_for
 
-        plans = plans_of(run)
-        chosen = select(default_registry(), plans, array_kind="numpy", requested=run.backend)
+        placement = placement_for(run.backend)
+        plans = plans_of(run, placement)
+        chosen = select(default_registry(), plans, array_kind=placement.kind, requested=run.backend)
         if form is Format.json:
             rejected = [str(rejection) for rejection in chosen.rejected]
             found = {"backend": chosen.backend.name, "chosen": chosen.rank, "rejected": rejected}

@@ -6,8 +6,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -22,9 +21,10 @@ from korder.experiments import set_cards
 from korder.experiments.data import build_inputs, check_problem, outline
 from korder.experiments.inputs import FloatArray, Inputs
 from korder.experiments.machine import matmul_rate
+from korder.experiments.placement import Placement, place, placement_for, to_numpy
 from korder.experiments.progress import Progress
+from korder.planning.candidates import candidate_plans
 from korder.planning.plan import Plan
-from korder.problem import ScoreStatistics
 from korder.result import Result
 from korder.spec import AttentionSpec, Exact
 from korder.spec.runs import ArraysData, AttendRun, SetCardsData
@@ -88,7 +88,7 @@ class Report:
         return self.result.provenance.plan
 
 
-def plans_of(run: AttendRun) -> tuple[Plan, ...]:
+def plans_of(run: AttendRun, placement: Placement) -> tuple[Plan, ...]:
     """Return the ranked plans of a run; arrays are made only where a tolerance has to look at them."""
     polynomial = run.attention.polynomial
     if polynomial is None or polynomial.tolerance is None:
@@ -97,22 +97,7 @@ def plans_of(run: AttendRun) -> tuple[Plan, ...]:
         inputs = build_inputs(run)
         known = inputs.outline()
         statistics = api.measure(inputs.query, inputs.keys, inputs.values, spec=run.attention, **inputs.optional())
-    check_problem(run, known)
-    return _plans(run.attention, known.shapes, known.dtype, statistics)
-
-
-def _plans(spec: AttentionSpec, shapes: Any, dtype: str, statistics: ScoreStatistics | None = None) -> tuple[Plan, ...]:
-    return api.plan(
-        spec,
-        query=shapes.query,
-        keys=shapes.keys,
-        values=shapes.values,
-        weight=shapes.weight,
-        biases=shapes.biases or None,
-        key_masks=shapes.key_masks or None,
-        dtype=dtype,
-        statistics=statistics,
-    )
+    return candidate_plans(replace(check_problem(run, known), device=placement.device, statistics=statistics))
 
 
 def run_attend(run: AttendRun, progress: Progress | None = None) -> Report:
@@ -123,12 +108,11 @@ def run_attend(run: AttendRun, progress: Progress | None = None) -> Report:
             or an output is not finite.
     """
     progress = progress or Progress()
-    if run.backend != "auto":
-        default_registry().get(run.backend)  # a name that nothing has is told before any operand is made
+    placement = placement_for(run.backend)  # a name that nothing has is told before any operand is made
     timings: dict[str, float] = {}
     progress.stage("making the operands")
     with _timed(timings, "data_seconds"):
-        inputs = build_inputs(run)
+        inputs = place(build_inputs(run), placement)
     progress.stage("attending")
     with _timed(timings, "attend_seconds"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", AccuracyWarning)
@@ -177,7 +161,7 @@ def _note_warnings(report: Report, caught: list[warnings.WarningMessage]) -> Non
 
 def _check_output(report: Report) -> None:
     """A NaN in the output is an error unless the data were allowed to hold one."""
-    output = np.asarray(report.result.output)
+    output = to_numpy(report.result.output)
     wrong = ~np.isfinite(output)
     if not wrong.any():
         report.checks.append(Check("finite", True, f"all {output.size} outputs are finite"))
@@ -199,15 +183,14 @@ def _check_output(report: Report) -> None:
 
 def _measure_against_exact(report: Report, inputs: Inputs, progress: Progress) -> None:
     spec = report.run.attention
-    known = inputs.outline()
-    exact = spec.model_copy(update={"method": Exact()})
+    problem = report.plan.problem
     try:
-        plan = _plans(exact, known.shapes, known.dtype)[0]
+        plan = candidate_plans(replace(problem, spec=spec.model_copy(update={"method": Exact()}), statistics=None))[0]
     except UnsupportedProblemError as error:
         report.warnings.append(f"the exact method cannot be planned for this problem: {error.message}")
         return
     progress.stage("measuring this machine")
-    report.exact_need = ExactNeed(plan, matmul_rate("float64" if known.dtype == "float64" else "float32"))
+    report.exact_need = ExactNeed(plan, matmul_rate(problem.accumulation))
     assert spec.polynomial is not None
     if spec.polynomial.estimate_rows:
         with _timed(report.timings, "measured_rows_seconds"):
@@ -218,18 +201,18 @@ def _measure_against_exact(report: Report, inputs: Inputs, progress: Progress) -
 def _measure_rows(report: Report, inputs: Inputs, count: int, progress: Progress) -> MeasuredRows:
     """Compute a few rows exactly, one at a time, so that the progress is seen."""
     given = read_operands(inputs.query, inputs.keys, inputs.values, **inputs.optional())
-    problem = check_problem(report.run, inputs.outline())
+    problem = report.plan.problem
     request = Request(problem, to_kernel_layout(given, report.run.attention), given.kind, report.run.backend)
     positions = rows.sampled_rows(problem, count)
-    output = np.asarray(report.result.output).reshape(-1, problem.value_width)
+    output = to_numpy(report.result.output).reshape(-1, problem.value_width)
     assert report.result.certificate is not None
-    bounds = np.asarray(report.result.certificate.bound).reshape(-1)
+    bounds = to_numpy(report.result.certificate.bound).reshape(-1)
     progress.stage("computing sampled rows exactly", total=len(positions))
     errors = []
     start = time.perf_counter()
     for position in positions:
         exact = rows.exact_rows(default_registry(), request, (position,))[0]
-        errors.append(float(np.max(np.abs(output[position].astype(np.float64) - exact))))
+        errors.append(float(np.max(np.abs(output[position].astype(np.float64) - to_numpy(exact)))))
         progress.advance()
     seconds = time.perf_counter() - start
     return MeasuredRows(positions, np.asarray(errors), bounds[list(positions)].astype(np.float64), seconds)
@@ -246,12 +229,12 @@ def _certificate_holds(measured: MeasuredRows) -> Check:
 
 def _answer_set_cards(report: Report, data: SetCardsData, inputs: Inputs) -> None:
     cards = set_cards.deal(data)
-    lse = np.asarray(report.result.lse)
+    lse = to_numpy(report.result.lse)
     count = int(max(set_cards.matches(lse).max(), 0)) + 1
     tuples, _ = korder.top_tuples(
         inputs.query, inputs.keys, spec=report.run.attention, count=count, backend=report.run.backend
     )
-    found, truth = set_cards.verdict(lse, np.asarray(tuples)), set_cards.brute_force(cards)
+    found, truth = set_cards.verdict(lse, to_numpy(tuples)), set_cards.brute_force(cards)
     report.verdict = found
     report.answer += [f"{i + 1:>3}  {set_cards.describe(card)}" for i, card in enumerate(cards)]
     numbered = sorted(tuple(sorted(i + 1 for i in three)) for three in found.sets)

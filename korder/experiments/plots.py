@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from korder.experiments import set_cards
+from korder.experiments.placement import to_numpy
 from korder.spec.runs import SetCardsData
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def _letter(which: int) -> str:
 
 def _draw_rows(figure: Any, report: Report) -> None:
     certificate = report.result.certificate
-    lse = np.asarray(report.result.lse, dtype=np.float64).reshape(-1)
+    lse = to_numpy(report.result.lse).astype(np.float64).reshape(-1)
     upper = figure.add_subplot(2 if certificate is not None else 1, 1, 1)
     chosen = _spread(lse.size)
     upper.plot(chosen, np.where(np.isfinite(lse[chosen]), lse[chosen], np.nan), ".", markersize=2, color="#2980b9")
@@ -118,7 +119,7 @@ def _draw_rows(figure: Any, report: Report) -> None:
         upper.set_xlabel("row")
         return
     lower = figure.add_subplot(2, 1, 2, sharex=upper)
-    bound = np.asarray(certificate.bound, dtype=np.float64).reshape(-1)
+    bound = to_numpy(certificate.bound).astype(np.float64).reshape(-1)
     lower.plot(chosen, _positive(bound[chosen]), ".", markersize=2, color="#c0392b", label="certified bound")
     if report.measured is not None:
         errors = _positive(report.measured.errors)

@@ -9,6 +9,7 @@ import numpy as np
 
 from korder.experiments.attend import Report
 from korder.experiments.machine import describe_machine
+from korder.experiments.placement import to_numpy
 from korder.result import Certificate
 
 
@@ -39,10 +40,10 @@ def record_of(report: Report) -> dict[str, Any]:
 def arrays_of(report: Report) -> dict[str, Any]:
     """Return the arrays of a run by name."""
     result = report.result
-    arrays: dict[str, Any] = {"output": np.asarray(result.output), "lse": np.asarray(result.lse)}
+    arrays: dict[str, Any] = {"output": to_numpy(result.output), "lse": to_numpy(result.lse)}
     if result.certificate is not None:
         for name in ("bound", "approximation", "rounding", "lse_bound", "score_range"):
-            arrays[name] = np.asarray(getattr(result.certificate, name))
+            arrays[name] = to_numpy(getattr(result.certificate, name))
     if report.measured is not None:
         arrays["measured_positions"] = np.asarray(report.measured.positions, dtype=np.int64)
         arrays["measured_errors"] = report.measured.errors
@@ -53,11 +54,11 @@ def certificate_summary(certificate: Certificate | None) -> dict[str, Any] | Non
     """Return the largest and the median bound, and what they are made of; None for an exact result."""
     if certificate is None:
         return None
-    ranges = np.asarray(certificate.score_range)
+    ranges = to_numpy(certificate.score_range)
     return {
         "kind": certificate.kind,
         "bound_largest": _largest(certificate.bound),
-        "bound_median": _number(np.median(np.asarray(certificate.bound))),
+        "bound_median": _number(np.median(to_numpy(certificate.bound))),
         "approximation_largest": _largest(certificate.approximation),
         "rounding_largest": _largest(certificate.rounding),
         "lse_bound_largest": _largest(certificate.lse_bound),
@@ -67,7 +68,7 @@ def certificate_summary(certificate: Certificate | None) -> dict[str, Any] | Non
 
 
 def _largest(array: Any) -> float | str | None:
-    plain = np.asarray(array)
+    plain = to_numpy(array)
     return _number(plain.max()) if plain.size else None
 
 

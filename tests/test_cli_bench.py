@@ -1,0 +1,95 @@
+"""`korder bench`: figures beside their targets, and no speed without equal outputs."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.command_line import assert_refused, call, write
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KORDER_BACKEND", raising=False)
+
+
+def test_a_benchmark_file_does_not_plan() -> None:
+    path = write('schema_version = 1\nkind = "benchmark"\n')
+    assert_refused(call("plan", path, "--format", "json"), 2, "spec-kind", ["run.toml"])
+    assert_refused(call("bench", write(), "--format", "json"), 2, "spec-kind", ["run.toml"])
+
+
+def test_an_unknown_row_comes_with_the_nearest() -> None:
+    error = assert_refused(call("bench", "--row", "overhed", "--format", "json"), 2, "row-unknown", [])
+    assert "overhead" in error["hint"]
+
+
+def test_bench_prints_rows_beside_their_targets() -> None:
+    result = call("bench", "--quick", "--row", "overhead", "--format", "json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    (row,) = record["rows"]
+    assert row["name"] == "overhead"
+    assert row["verdict"] in ("met", "missed")
+    assert row["target"]
+    assert row["values"]["kernel_seconds"] > 0
+    text = call("bench", "--quick", "--row", "overhead")
+    assert re.search(r"cores \d+", text.stdout)
+    assert "target" in text.stdout
+
+
+def test_bench_warns_of_a_misleading_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
+    assert "warning: OPENBLAS_CORETYPE=Haswell" in call("bench", "--quick", "--row", "overhead").stdout
+
+
+def test_bench_prints_no_speed_when_outputs_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    import korder.experiments.benchmark_cases as cases
+
+    forward = cases.Case.forward
+
+    def wrong(self: Any, save: bool = False) -> Any:
+
+        output = forward(self, save)
+        return replace(output, output=output.output * 1.001)
+
+    monkeypatch.setattr(cases.Case, "forward", wrong)
+    rows = ("exact-forward", "exact-backward", "polynomial-forward", "overhead")
+    result = call("bench", "--quick", *(part for row in rows for part in ("--row", row)), "--format", "json")
+    assert result.exit_code == 1
+    for row in json.loads(result.stdout)["rows"]:
+        assert row["verdict"] == "WRONG OUTPUT", row
+        assert row["measured"] == "-"
+        assert row["values"] == {}
+
+
+def test_bench_sees_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+
+    import korder.experiments.benchmark_cases as cases
+
+    backward = cases.Case.backward
+
+    def swapped(self: Any, saved: Any) -> Any:
+        gradients = backward(self, saved)
+        return replace(gradients, values=gradients.values[::-1])
+
+    monkeypatch.setattr(cases.Case, "backward", swapped)
+    result = call("bench", "--quick", "--row", "exact-backward", "--format", "json")
+    assert json.loads(result.stdout)["rows"][0]["verdict"] == "WRONG OUTPUT"
+
+
+def test_a_benchmark_is_written_where_its_file_says() -> None:
+    path = write(
+        'schema_version = 1\nkind = "benchmark"\nquick = true\nrows = ["import-time"]\nrepeats = 1\n'
+        'output = { directory = "out" }\n'
+    )
+    assert call("run", path).exit_code == 0
+    record = json.loads(Path("out/result.json").read_text())
+    assert record["rows"][0]["values"]["seconds"] > 0
+    assert call("bench", path).exit_code == 2
