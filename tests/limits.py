@@ -17,7 +17,7 @@ GRADIENT_STEP = 1e-5
 GRADIENT_LIMIT = 1e-7
 """Largest error of a gradient against central differences, relative to the largest gradient entry."""
 RELATION_LIMIT = {"float32": 2e-5, "float64": 1e-13}
-"""Largest difference of two computations that must agree, in other orders of summation, relative to the largest entry."""
+"""Largest difference, relative to the largest entry, of two computations that must agree but sum in other orders."""
 
 
 def unit(dtype: str, largest: float) -> float:

@@ -139,7 +139,7 @@ class GradientSums:
             keys=tuple(keys),
             values=tuple(self._of_mode(t, value, operands) for t, value in enumerate(self.values)),
             biases=tuple(
-                None if total is None else self._narrow(xp.reshape(total, given.shape), operands)
+                None if total is None or given is None else self._narrow(xp.reshape(total, given.shape), operands)
                 for total, given in zip(self.biases, operands.biases or (None,) * len(keys), strict=True)
             ),
             weight=tuple(self._narrow(x, operands) for x in weight)

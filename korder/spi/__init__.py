@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from korder.errors import KernelError, UnsupportedProblemError
@@ -14,7 +15,10 @@ from korder.spi.hooks import ENTRY_POINT_GROUP, hookimpl
 from korder.spi.operands import NEEDS, KernelOutput, OperandGradients, Operands, OutputGradients
 
 if TYPE_CHECKING:
-    from korder.spi.namespace import ExactKernel, NamespaceBackend, PolynomialKernel
+    from korder.methods.exact import ExactKernel
+    from korder.methods.masks import TileMask
+    from korder.methods.tiles import Contracted, Folded, RowCotangent, RowState, TileArithmetic, TileGradients, Wanted
+    from korder.spi.namespace import NamespaceBackend, PolynomialKernel
 
 __all__ = [
     "API_VERSION",
@@ -23,9 +27,11 @@ __all__ = [
     "Availability",
     "Backend",
     "Capabilities",
+    "Contracted",
     "ContractionStep",
     "Cost",
     "ExactKernel",
+    "Folded",
     "Kernel",
     "KernelError",
     "KernelOutput",
@@ -39,18 +45,31 @@ __all__ = [
     "PolynomialPlan",
     "Problem",
     "Reason",
+    "RowCotangent",
+    "RowState",
+    "TileArithmetic",
+    "TileGradients",
+    "TileMask",
     "Tiling",
     "UnsupportedProblemError",
+    "Wanted",
     "hookimpl",
 ]
 
-_GENERIC = frozenset({"ExactKernel", "NamespaceBackend", "PolynomialKernel"})
+_LAZY = {
+    "ExactKernel": "korder.methods.exact",
+    "NamespaceBackend": "korder.spi.namespace",
+    "PolynomialKernel": "korder.methods.polynomial",
+    "TileMask": "korder.methods.masks",
+    **dict.fromkeys(
+        ("Contracted", "Folded", "RowCotangent", "RowState", "TileArithmetic", "TileGradients", "Wanted"),
+        "korder.methods.tiles",
+    ),
+}
 
 
 def __getattr__(name: str) -> Any:
     # The generic methods import this package's records, so they load only when a backend asks for them.
-    if name in _GENERIC:
-        from korder.spi import namespace
-
-        return getattr(namespace, name)
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
