@@ -9,7 +9,8 @@ from typing import Any
 from korder.dispatch.arrays import Given, array_kind, namespace_of_kind, read_operands, to_kernel_layout
 from korder.dispatch.prepare import prepare
 from korder.dispatch.registry import default_registry
-from korder.errors import OperandError, UnsupportedProblemError
+from korder.errors import OperandError, SpecError, UnsupportedProblemError
+from korder.planning.exact import exact_plan
 from korder.problem import Problem, make_problem
 from korder.spec import AttentionSpec, Exact
 from korder.spi.operands import Operands, OutputGradients
@@ -61,7 +62,7 @@ def marginals(
     gradients = OutputGradients(xp.zeros_like(saved.output), xp.ones_like(saved.lse))
     found = kernel.backward(operands, saved, gradients, needs=frozenset({"biases"})).biases
     leading = given.shapes.query[:-1]
-    return tuple(xp.reshape(array, (*leading, array.shape[-1])) for array in found)
+    return tuple(xp.reshape(array, (*leading, length)) for array, length in zip(found, problem.lengths, strict=True))
 
 
 def _full_biases(xp: Any, problem: Problem, operands: Operands) -> tuple[Array, ...]:
@@ -117,3 +118,48 @@ def _no_values(key: Array, name: str) -> Array:
     if key.ndim < 1:
         raise OperandError(f"{name} must have at least two axes.", expected="(length, width)", got="a scalar")
     return namespace_of_kind(kind).zeros_like(key[..., :1])
+
+
+def top_tuples(
+    query: Array,
+    keys: Sequence[Array],
+    *,
+    count: int,
+    spec: AttentionSpec | None = None,
+    weight: Array | Sequence[Array] | None = None,
+    biases: Sequence[Array | None] | None = None,
+    key_masks: Sequence[Array | None] | None = None,
+    query_offset: int | None = None,
+    key_offsets: Sequence[int] | None = None,
+) -> tuple[Array, Array]:
+    """Return the `count` tuples of keys that each query attends to most, and their probabilities, largest first.
+
+    Walks the tiles of the exact method on the arrays' own library, whatever backend would compute the output.
+
+    Shapes:
+        as `attend`; indices (b, h, n, count, k), one key index per mode, -1 where a query has fewer tuples;
+        probabilities (b, h, n, count), 0 there, in float32 or wider.
+
+    Raises:
+        SpecError: `count` below 1.
+        UnsupportedProblemError: The spec asks for an approximate method.
+
+    Cost: 2 n m1 .. mk d flop; memory as the plan says, with `count` scores a query.
+
+    Example:
+        >>> import numpy as np
+        >>> x = 5 * np.eye(3, dtype="float32")
+        >>> top_tuples(x, (x, x), count=1)[0][:, 0].tolist()
+        [[0, 0], [1, 1], [2, 2]]
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise SpecError("count must be a positive integer.", expected="count >= 1", got=repr(count))
+    given, problem, operands = _exact_request(
+        query, keys, spec, weight, biases, key_masks, query_offset, key_offsets, "top tuples"
+    )
+    from korder.methods.top_tuples import TopTuples
+
+    xp = namespace_of_kind(given.kind)
+    indices, probabilities = TopTuples(xp, exact_plan(problem)).top(operands, count)
+    leading = given.shapes.query[:-1]
+    return xp.reshape(indices, (*leading, count, problem.order)), xp.reshape(probabilities, (*leading, count))

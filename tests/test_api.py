@@ -1,0 +1,267 @@
+"""The public functions, end to end through planning and dispatch: layouts, defaults, provenance, refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import korder
+from korder import AttentionSpec, Causal, OperandError, Polynomial, ShapeError, SpecError, Window
+from tests.limits import assert_agree, assert_within_ratio
+from tests.problems import Case, random_case
+
+
+def arguments(case: Case) -> dict[str, Any]:
+    return {
+        "query": case.query,
+        "keys": case.keys,
+        "values": case.values,
+        "weight": case.weight,
+        "biases": case.biases or None,
+        "key_masks": case.key_masks or None,
+        "query_offset": case.query_offset,
+        "key_offsets": case.key_offsets or None,
+    }
+
+
+CASES = {
+    "plain": {},
+    "order 1": {"order": 1},
+    "order 3": {"order": 3, "queries": 5},
+    "causal": {"mask": Causal(), "query_offset": 2, "key_offsets": (1, 3)},
+    "window": {"mask": Window(sizes=(3, 5)), "query_offset": 1},
+    "masks and biases": {"key_masks": (True, True), "biases": ("key", "full")},
+    "full weight": {"weight": "full"},
+    "cp weight": {"weight": "cp", "scale": 0.7},
+    "float32": {"dtype": "float32"},
+    "float16": {"dtype": "float16"},
+}
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_attend_equals_the_oracle(options: dict[str, Any]) -> None:
+    case = random_case(**options, seed=3)
+    output, lse = case.oracle()
+    plain, plain_lse = case.plain()
+    result = korder.attend_result(**arguments(case), spec=case.spec)
+    assert result.output.dtype == case.query.dtype
+    assert result.lse.dtype == ("float64" if case.dtype == "float64" else "float32")
+    assert_within_ratio(result.output, plain, output, dtype=case.dtype)
+    assert_within_ratio(result.lse, plain_lse, lse, dtype=str(result.lse.dtype))
+    np.testing.assert_array_equal(korder.attend(**arguments(case), spec=case.spec), result.output)
+    assert result.certificate is None
+    assert result.provenance is not None
+    assert result.provenance.backend == "numpy"
+
+
+def test_without_a_spec_it_is_exact_full_and_of_the_order_of_the_keys() -> None:
+    case = random_case(2, seed=1)
+    np.testing.assert_array_equal(
+        korder.attend(case.query, case.keys, case.values),
+        korder.attend(case.query, case.keys, case.values, spec=AttentionSpec(order=2)),
+    )
+
+
+def test_layouts() -> None:
+    """One head in two axes, heads in three, two batch axes in five: the same numbers."""
+    case = random_case(2, seed=2, batch=6, key_masks=(True, True), biases=("full", None))
+    whole = korder.attend_result(**arguments(case))
+    deep = {
+        "query": case.query.reshape(2, 3, *case.query.shape[1:]),
+        "keys": tuple(x.reshape(2, 3, *x.shape[1:]) for x in case.keys),
+        "values": tuple(x.reshape(2, 3, *x.shape[1:]) for x in case.values),
+        "key_masks": tuple(x.reshape(2, 3, *x.shape[1:]) for x in case.key_masks),
+        "biases": (case.biases[0].reshape(2, 3, *case.biases[0].shape[1:]), None),
+    }
+    result = korder.attend_result(**deep)
+    assert result.output.shape == (2, 3, *whole.output.shape[1:])
+    assert result.lse.shape == (2, 3, *whole.lse.shape[1:])
+    assert_agree(result.output.reshape(whole.output.shape), whole.output, dtype="float64")
+    three = korder.attend(
+        case.query[1],
+        tuple(x[1] for x in case.keys),
+        tuple(x[1] for x in case.values),
+        key_masks=tuple(x[1] for x in case.key_masks),
+        biases=(case.biases[0][1], None),
+    )
+    assert_agree(three, whole.output[1], dtype="float64")
+    two = korder.attend(
+        case.query[1, 3],
+        tuple(x[1, 1] for x in case.keys),
+        tuple(x[1, 1] for x in case.values),
+        key_masks=(case.key_masks[0][1], case.key_masks[1][1, 1]),
+        biases=(case.biases[0][1, 3], None),
+    )
+    assert_agree(two, whole.output[1, 3], dtype="float64")
+
+
+def test_a_bias_broadcasts_over_two_batch_axes() -> None:
+    case = random_case(1, seed=4, batch=6)
+    query = case.query.reshape(2, 3, *case.query.shape[1:])
+    keys, values = ((x[0].reshape(2, 3, *x[0].shape[1:]),) for x in (case.keys, case.values))
+    bias = np.random.default_rng(0).standard_normal((1, 3, 1, 1, case.keys[0].shape[2]))
+    spread = np.broadcast_to(bias, (2, 3, *bias.shape[2:])).reshape(6, 1, 1, -1)
+    expected = korder.attend(case.query, case.keys, case.values, biases=(spread,))
+    found = korder.attend(query, keys, values, biases=(bias,)).reshape(expected.shape)
+    assert_agree(found, expected, dtype="float64")
+
+
+def test_align_end_is_an_offset() -> None:
+    case = random_case(2, seed=5, queries=3)
+    ends = tuple(3 - x.shape[2] for x in case.keys)
+    aligned = korder.attend(case.query, case.keys, case.values, spec=AttentionSpec(order=2, mask=Causal(align="end")))
+    moved = korder.attend(
+        case.query, case.keys, case.values, spec=AttentionSpec(order=2, mask=Causal()), query_offset=0, key_offsets=ends
+    )
+    np.testing.assert_array_equal(aligned, moved)
+
+
+def test_inputs_are_left_as_they_were_and_may_be_strided() -> None:
+    case = random_case(2, seed=6)
+    strided = [np.asfortranarray(x) for x in (case.query, *case.keys, *case.values)]
+    copies = [x.copy() for x in strided]
+    found = korder.attend(strided[0], tuple(strided[1:3]), tuple(strided[3:]))
+    assert_agree(found, korder.attend(case.query, case.keys, case.values), dtype="float64")
+    for array, copy in zip(strided, copies, strict=True):
+        np.testing.assert_array_equal(array, copy)
+
+
+def test_plan_needs_shapes_only_and_is_the_one_that_runs() -> None:
+    case = random_case(2, seed=7)
+    shapes = {"query": case.query.shape, "keys": [x.shape for x in case.keys], "values": [x.shape for x in case.values]}
+    plans = korder.plan(case.spec, **shapes, dtype="float64")
+    result = korder.attend_result(**arguments(case), spec=case.spec)
+    assert result.provenance is not None
+    assert result.provenance.plan == plans[0]
+    text = plans[0].explain()
+    for word in ("n=11, m=7 x 5", "flops", "peak memory", "exact"):
+        assert word in text
+
+
+def test_polynomial_through_the_front_door() -> None:
+    case = random_case(2, seed=8, spread=0.5, method=Polynomial(degree=6))
+    exact, _ = case.oracle()
+    result = korder.attend_result(**arguments(case), spec=case.spec)
+    assert result.certificate is not None
+    error = np.abs(result.output - exact).max(axis=-1)
+    assert error.max() > 0
+    assert (error <= result.certificate.bound).all()
+    assert (result.certificate.bound == result.certificate.approximation + result.certificate.rounding).all()
+    assert result.certificate.score_range.shape == (*error.shape, 2)
+
+
+def test_the_degree_for_a_tolerance_is_found_and_recorded() -> None:
+    case = random_case(2, seed=9, spread=0.6, queries=13, lengths=(31, 29))
+    spec = AttentionSpec(order=2, method=Polynomial(tolerance=1e-3))
+    exact, _ = case.oracle()
+    result = korder.attend_result(case.query, case.keys, case.values, spec=spec)
+    assert result.certificate is not None
+    assert result.provenance is not None
+    assert result.provenance.plan.polynomial is not None
+    degree = result.provenance.plan.polynomial.degree
+    assert degree % 2 == 0
+    assert (np.abs(result.output - exact).max(axis=-1) <= result.certificate.bound).all()
+    lower = Polynomial(degree=degree - 2, tolerance=1e-3)
+    with pytest.raises(korder.AccuracyError, match="tolerance"):
+        korder.attend(case.query, case.keys, case.values, spec=AttentionSpec(order=2, method=lower))
+
+
+HARD = {"seed": 10, "spread": 3.0, "dtype": "float32"}
+
+
+def test_a_tolerance_that_no_degree_meets_raises_warns_or_is_met_exactly() -> None:
+    case = random_case(2, **HARD)
+
+    def attend(on_exceed: str) -> korder.Result:
+        method = Polynomial(tolerance=1e-4, on_exceed=on_exceed)
+        return korder.attend_result(case.query, case.keys, case.values, spec=AttentionSpec(order=2, method=method))
+
+    with pytest.raises(korder.AccuracyError) as caught:
+        attend("raise")
+    assert "0.0001" in str(caught.value)
+    exact = attend("exact")
+    assert exact.provenance is not None
+    assert exact.provenance.plan.method == "exact"
+    np.testing.assert_array_equal(exact.output, korder.attend(case.query, case.keys, case.values))
+    with pytest.warns(korder.AccuracyWarning, match="misses its tolerance"):
+        warned = attend("warn")
+    assert warned.certificate is not None
+
+
+def test_estimated_rows_are_measured_errors() -> None:
+    case = random_case(
+        2, seed=11, spread=0.8, mask=Causal(), query_offset=6, key_masks=(True, False), biases=("key", None)
+    )
+    spec = case.with_spec(method=Polynomial(degree=3, estimate_rows=9)).spec
+    exact, _ = case.oracle()
+    result = korder.attend_result(**arguments(case), spec=spec)
+    assert result.certificate is not None
+    rows, errors = result.certificate.estimate.T
+    measured = np.abs(result.output - exact).max(axis=-1).reshape(-1)
+    assert len(rows) == 9
+    assert (rows[0], rows[-1]) == (0, measured.size - 1)
+    np.testing.assert_allclose(errors, measured[rows.astype(int)], rtol=1e-6, atol=1e-12)
+
+
+def test_measured_statistics_can_be_passed_in() -> None:
+    case = random_case(2, seed=12, spread=0.5)
+    spec = AttentionSpec(order=2, method=Polynomial(tolerance=1e-2))
+    found = korder.measure(case.query, case.keys, case.values, spec=spec)
+    scores = np.einsum("bhil,bhal,bhcl->bhiac", case.query, *(np.repeat(k, 2, axis=1) for k in case.keys)) * 6**-0.5
+    assert found.score_low <= scores.min()
+    assert found.score_high >= scores.max()
+    again = korder.attend(case.query, case.keys, case.values, spec=spec, statistics=found)
+    np.testing.assert_array_equal(again, korder.attend(case.query, case.keys, case.values, spec=spec))
+
+
+X = np.zeros((5, 3), "float32")
+WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "keys not a tuple": ({"keys": X}, OperandError, "keys must be a tuple"),
+    "lists of numbers": ({"query": [[1.0]]}, OperandError, "query is not an array"),
+    "integer query": ({"query": X.astype(int)}, OperandError, "dtype"),
+    "integers everywhere": (
+        {"query": X.astype(int), "keys": (X.astype(int),), "values": (X.astype(int),)}, OperandError, "floating-point"),
+    "mixed dtypes": ({"values": (X.astype("float64"),)}, OperandError, "values[0] has another dtype"),
+    "mask of numbers": ({"key_masks": (np.ones(5, "float32"),)}, OperandError, "key_masks[0]"),
+    "bias dtype": ({"biases": (np.ones((5, 5)),)}, OperandError, "biases[0]"),
+    "backend": ({"backend": "nunpy"}, korder.UnknownBackendError, "nunpy"),
+    "spec": ({"spec": {"order": 1}}, SpecError, "spec must be"),
+    "order": ({"spec": AttentionSpec(order=2)}, SpecError, "order must equal"),
+    "no keys": ({"keys": (), "values": ()}, ShapeError, "at least one key"),
+    "offsets": ({"key_offsets": (1, 2)}, ShapeError, "key_offsets"),
+    "shapes": ({"values": (X[:4],)}, ShapeError, "keys[0] and values[0]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changed", "error", "text"), WRONG.values(), ids=WRONG)
+def test_wrong_input_is_one_clear_error(changed: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error) as caught:
+        korder.attend(**{"query": X, "keys": (X,), "values": (X,)} | changed)
+    assert text in str(caught.value)
+    assert isinstance(caught.value, korder.KorderError)
+
+
+def test_torch_tensors_are_refused_with_the_extra_that_would_take_them() -> None:
+    torch = pytest.importorskip("torch")
+    x = torch.zeros(5, 3)
+    with pytest.raises(korder.UnsupportedProblemError, match=r"korder\[torch\]"):
+        korder.attend(x, (x,), (x,))
+
+
+def test_backends_can_be_listed() -> None:
+    lines = {line.name: line for line in korder.backends()}
+    assert lines["numpy"].available
+    assert lines["numpy"].distribution.startswith("korder 0.1.0")
+    assert "float16" in lines["numpy"].capabilities.dtypes
+
+
+def test_kernel_layout_does_not_copy() -> None:
+    from korder.dispatch.arrays import read_operands, to_kernel_layout
+
+    case = random_case(2, seed=13)
+    given = read_operands(case.query, case.keys, case.values)
+    operands = to_kernel_layout(given, AttentionSpec(order=2))
+    assert operands.query is case.query
+    assert np.shares_memory(operands.keys[1], case.keys[1])

@@ -1,0 +1,86 @@
+"""Parts over disjoint sets of tuples merge to the whole, certificates included."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import korder
+from korder import AttentionSpec, OperandError, Polynomial, ShapeError
+from tests.limits import assert_agree
+from tests.problems import Case, random_case
+
+
+def halves(case: Case, mode: int, cut: int, **options: object) -> list[korder.Result]:
+    """The results over the tuples whose key of `mode` lies before `cut`, and over the others."""
+    parts = []
+    for part in (slice(None, cut), slice(cut, None)):
+        keys, values = list(case.keys), list(case.values)
+        keys[mode], values[mode] = keys[mode][:, :, part], values[mode][:, :, part]
+        parts.append(korder.attend_result(case.query, keys, values, **options))
+    return parts
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_parts_make_the_whole(order: int) -> None:
+    case = random_case(order, seed=20)
+    whole = korder.attend_result(case.query, case.keys, case.values)
+    for mode in range(order):
+        merged = korder.merge(halves(case, mode, 1))
+        assert_agree(merged.output, whole.output, dtype="float64")
+        assert_agree(merged.lse, whole.lse, dtype="float64")
+        assert merged.certificate is None
+
+
+def test_a_part_without_tuples_does_not_matter() -> None:
+    case = random_case(2, seed=21)
+    whole = korder.attend_result(case.query, case.keys, case.values)
+    nothing = korder.Result(np.full_like(whole.output, np.nan), np.full_like(whole.lse, -np.inf))
+    merged = korder.merge([nothing, whole, nothing])
+    np.testing.assert_array_equal(merged.output, whole.output)
+    np.testing.assert_array_equal(merged.lse, whole.lse)
+    empty = korder.merge([nothing, nothing])
+    np.testing.assert_array_equal(empty.output, np.zeros_like(whole.output))
+    np.testing.assert_array_equal(empty.lse, nothing.lse)
+
+
+def test_far_apart_parts_keep_their_precision() -> None:
+    case = random_case(2, seed=22, scale=2000.0)
+    whole = korder.attend_result(case.query, case.keys, case.values, spec=case.spec)
+    merged = korder.merge(halves(case, 0, 3, spec=case.spec))
+    assert_agree(merged.output, whole.output, dtype="float64")
+    assert_agree(merged.lse, whole.lse, dtype="float64")
+
+
+@pytest.mark.parametrize("degree", [2, 4])
+def test_certificates_merge_to_a_bound(degree: int) -> None:
+    for seed in range(20):
+        case = random_case(2, seed=seed, spread=0.5 + 0.05 * seed)
+        exact, exact_lse = case.oracle()
+        spec = AttentionSpec(order=2, method=Polynomial(degree=degree))
+        merged = korder.merge(halves(case, 1, 2, spec=spec))
+        assert merged.certificate is not None
+        error = np.abs(merged.output - exact).max(axis=-1)
+        assert (error <= merged.certificate.bound).all()
+        assert (np.abs(merged.lse - exact_lse) <= merged.certificate.lse_bound + 1e-13).all()
+
+
+def test_exact_and_approximate_parts_merge() -> None:
+    case = random_case(2, seed=23)
+    exact, _ = case.oracle()
+    approximate = halves(case, 0, 4, spec=AttentionSpec(order=2, method=Polynomial(degree=4)))[0]
+    merged = korder.merge([approximate, halves(case, 0, 4)[1]])
+    assert merged.certificate is not None
+    assert (np.abs(merged.output - exact).max(axis=-1) <= merged.certificate.bound).all()
+
+
+def test_parts_must_fit() -> None:
+    first, second = random_case(1, seed=1), random_case(1, seed=1, queries=5)
+    a, b = (korder.attend_result(case.query, case.keys, case.values) for case in (first, second))
+    with pytest.raises(ShapeError, match=r"output of results\[1\]"):
+        korder.merge([a, b])
+    with pytest.raises(ShapeError, match="nothing to merge"):
+        korder.merge([])
+    narrow = korder.Result(a.output.astype("float32"), a.lse)
+    with pytest.raises(OperandError, match=r"output of results\[1\]"):
+        korder.merge([a, narrow])
