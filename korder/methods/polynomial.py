@@ -264,3 +264,22 @@ class PolynomialKernel:
     def absolute_product(self, left: Array, right: Array) -> Array:
         """Return |left| (p, q) @ right (q, 1) as `product` does."""
         return self.product(self.xp.abs(left), right)
+
+    def running_state(self, features: Array, weighted: Array, carry: Array) -> Array:
+        """Return carry (rho, e') + running sums over tokens of features (rho, c) by weighted (c, e'): (rho, c, e')."""
+        terms = features[:, :, None] * weighted[None, :, :]
+        return carry[:, None, :] + self.xp.cumulative_sum(terms, axis=1)
+
+    def reverse_running(self, terms: Array, carry: Array) -> tuple[Array, Array]:
+        """Return carry (rho, e') + the sums of terms (rho, c, e') from each token on, and the sum of all, no carry."""
+        xp = self.xp
+        sums = xp.flip(xp.cumulative_sum(xp.flip(terms, axis=1), axis=1), axis=1)
+        return carry[:, None, :] + sums, sums[:, 0, :]
+
+    def running_read(self, features: Array, states: Array) -> Array:
+        """Return the sum over rho of features (rho, c) times states (rho, c, e'): (c, e') float64."""
+        return self.xp.astype(self.xp.sum(features[:, :, None] * states, axis=0), self.xp.float64)
+
+    def running_dot(self, states: Array, weighted: Array) -> Array:
+        """Return the inner products over channels of states (rho, c, e') and weighted (c, e'): (rho, c)."""
+        return self.xp.sum(states * weighted[None, :, :], axis=2)

@@ -104,9 +104,7 @@ def key_totals(xp: Any, plane: Plane) -> Statistic:
     return statistic
 
 
-def live_rows(
-    xp: Any, problem: Problem, operands: Operands, maxima: Array | None = None
-) -> tuple[Array, Array]:
+def live_rows(xp: Any, problem: Problem, operands: Operands, maxima: Array | None = None) -> tuple[Array, Array]:
     """Return whether each row sees a live tuple, and the logarithm of its sum of weights (-inf for none).
 
     Shapes:  (b, h, n) bool; (b, h, n) float64.
