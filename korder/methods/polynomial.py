@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 from array_api_compat import device
 
 from korder.errors import AccuracyError
@@ -57,6 +58,7 @@ class PolynomialKernel:
         self.progress: Callable[[float], None] | None = None
         """Told the share of tokens done, from the thread that runs the kernel."""
 
+    @np.errstate(all="ignore")
     def forward(self, operands: Operands, *, save: bool, residuals: dict[str, Any] | None = None) -> KernelOutput:
         """Return output, lse and what certificates need; see `korder.spi.Kernel`.
 
@@ -189,6 +191,7 @@ class PolynomialKernel:
         stacked = xp.stack([xp.where(live, x, zero) for x in moments], axis=1)
         return xp.astype(output, dtype), xp.where(live, mean, zero), stacked, xp.where(live, magnitude, zero)
 
+    @np.errstate(all="ignore")
     def backward(
         self, operands: Operands, saved: KernelOutput, grads: OutputGradients, *, needs: frozenset[str]
     ) -> OperandGradients:

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from math import ceil, floor, isfinite, log10
 from typing import Any
 
+import numpy as np
+
 from korder.methods.factors import Factor, Plane, assemble, planes
+from korder.methods.readings import prod_arrays
 from korder.methods.sight import TOKENS, Sight, Statistic, key_totals, live_rows, visible_maxima, visible_sums
 from korder.problem import Problem, ScoreStatistics
 from korder.spi.operands import Operands
@@ -75,6 +78,7 @@ class RowBounds:
     """How far rounding the factors (a projection through a weight) may move any score of the row."""
 
 
+@np.errstate(all="ignore")
 def row_bounds(xp: Any, problem: Problem, operands: Operands) -> RowBounds:
     """Return the elementwise best of the interval, coordinate, mixed l2 and Holder bounds of every row.
 
@@ -107,11 +111,11 @@ def _bounds(
     seen = [xp.where(extreme == -float("inf"), xp.zeros_like(extreme), extreme) for extreme in extremes]
     highs, lows = [x[:width, :] for x in seen], [-x[width : 2 * width, :] for x in seen]
     # a mode of which nothing is seen has -inf for both, hence zeros: its rows are dead
-    low, high = interval_product(xp, lows, highs)
+    low, high = intervalprod_arrays(xp, lows, highs)
     ends = xp.stack([columns * low, columns * high], axis=0)
     low, high = xp.sum(xp.min(ends, axis=0), axis=0), xp.sum(xp.max(ends, axis=0), axis=0)
     peaks = [xp.maximum(xp.abs(a), xp.abs(b)) for a, b in zip(lows, highs, strict=True)]
-    reach = xp.sum(xp.abs(columns) * _product(peaks), axis=0)
+    reach = xp.sum(xp.abs(columns) * prod_arrays(peaks), axis=0)
     best = xp.minimum(reach, _norm_bounds(xp, columns, peaks, [x[3 * width :, :] for x in seen], scales))
     slack = (width + 4 * order + 16) * UNIT * reach
     moved = _perturbation(xp, problem, query, raw, reach, [x[2 * width : 3 * width, :] for x in seen])
@@ -139,13 +143,13 @@ def _perturbation(xp: Any, problem: Problem, query: Factor, raw: Array, reach: A
     if problem.weight == "none":
         return xp.zeros_like(reach)
     sums = problem.scale * xp.astype(query.projection.magnitudes(xp, raw), xp.float64)
-    absolute = xp.sum(xp.abs(sums) * _product(magnitudes), axis=0)
+    absolute = xp.sum(xp.abs(sums) * prod_arrays(magnitudes), axis=0)
     rounding = 0.5 * float(xp.finfo(query.dtype).eps)
     widest = max(problem.query_width, *problem.key_widths) + 4
     return 1.01 * (problem.order + 1) * (rounding * reach + widest * UNIT * absolute)
 
 
-def interval_product(xp: Any, lows: list[Array], highs: list[Array]) -> tuple[Array, Array]:
+def intervalprod_arrays(xp: Any, lows: list[Array], highs: list[Array]) -> tuple[Array, Array]:
     """Return the bounds of products of one number from each interval."""
     low, high = lows[0], highs[0]
     for a, b in zip(lows[1:], highs[1:], strict=True):
@@ -154,13 +158,16 @@ def interval_product(xp: Any, lows: list[Array], highs: list[Array]) -> tuple[Ar
     return low, high
 
 
-def _product(arrays: list[Array]) -> Array:
-    result = arrays[0]
-    for array in arrays[1:]:
-        result = result * array
-    return result
+def product_range(xp: Any, extremes: tuple[Array, ...], width: int) -> tuple[Array, Array]:
+    """Return the lowest and highest value product of each channel, given per mode maxima of values and negatives.
+
+    Shapes:  extremes[t] (2 e, c); both (e, c), 0 where no key is seen.
+    """
+    seen = [xp.where(extreme == -float("inf"), xp.zeros_like(extreme), extreme) for extreme in extremes]
+    return intervalprod_arrays(xp, [-x[width:, :] for x in seen], [x[:width, :] for x in seen])
 
 
+@np.errstate(all="ignore")
 def row_centres(xp: Any, problem: Problem, operands: Operands, kind: str) -> Array:
     """Return the centre of every row's scores: their mean over live tuples for "taylor", else the range's midpoint.
 
@@ -173,7 +180,7 @@ def row_centres(xp: Any, problem: Problem, operands: Operands, kind: str) -> Arr
     pieces: dict[tuple[int, int], list[Array]] = {}
     for plane in planes(xp, problem, operands):
         for start, stop, totals in visible_sums(xp, sight, key_totals(xp, plane)):
-            mean = _product([_mean(xp, total) for total in totals])
+            mean = prod_arrays([_mean(xp, total) for total in totals])
             for head, query in zip(plane.heads, plane.queries, strict=True):
                 columns = xp.astype(query.columns(xp, start, stop), xp.float64)
                 part = problem.scale * xp.sum(columns * mean, axis=0)
@@ -186,6 +193,7 @@ def _mean(xp: Any, totals: Array) -> Array:
     return totals[:-2, :] / xp.where(weights == 0.0, xp.ones_like(weights), weights)
 
 
+@np.errstate(all="ignore")
 def measure(xp: Any, problem: Problem, operands: Operands) -> ScoreStatistics:
     """Return score range, half-width and rms, over live rows, rounded outward to two digits.
 
@@ -241,7 +249,7 @@ def _rms(xp: Any, problem: Problem, operands: Operands) -> float:
                 squares = xp.sum(columns * xp.matmul(gram, columns), axis=0) - xp.sum(columns * mean, axis=0) ** 2
                 finite = xp.where(xp.isfinite(squares), squares, xp.zeros_like(squares))
                 largest = max(largest, float(xp.max(finite)))
-    return largest**0.5
+    return float(largest**0.5)
 
 
 def _second_moments(xp: Any, sight: Sight, plane: Plane) -> Iterator[tuple[int, int, Array, Array]]:
@@ -257,7 +265,7 @@ def _second_moments(xp: Any, sight: Sight, plane: Plane) -> Iterator[tuple[int, 
             seen[t] = max(seen[t], end)
         counts = [xp.where(total[-1:, -1:] == 0.0, 1.0, total[-1:, -1:]) for total in totals]
         means = [total / count for total, count in zip(totals, counts, strict=True)]
-        product = _product(means)
+        product = prod_arrays(means)
         yield start, stop, product[:-1, :-1], product[:-1, -1:]
 
 

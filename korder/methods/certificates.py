@@ -1,0 +1,207 @@
+"""Bounds on the error of a polynomial result that always hold: of the polynomial against exp, and of rounding.
+
+Computed from the operands and from what any kernel returns (normaliser, central moments, magnitude), never by a kernel.
+The approximation part bounds the exact sums of the polynomial against softmax; the rounding part bounds the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from korder.methods.approximation import UNIT64, RowFacts, moment_bound, sup_bound
+from korder.methods.factors import SMALLEST_WEIGHT, Plane, assemble, planes
+from korder.methods.sight import Sight, Statistic, live_rows, visible_maxima
+from korder.methods.statistics import column_peaks, product_range, row_bounds
+from korder.methods.tolerances import ToleranceCheck, meets_tolerance, tolerance_miss
+from korder.planning.plan import Plan, PolynomialPlan
+from korder.problem import Problem
+from korder.result import Certificate
+from korder.spi.operands import KernelOutput, Operands
+
+__all__ = ["ToleranceCheck", "certify", "meets_tolerance", "tolerance_miss"]
+
+Array = Any
+
+
+@np.errstate(all="ignore")
+def certify(xp: Any, plan: Plan, operands: Operands, output: KernelOutput, *, rounding_unit: float) -> Certificate:
+    """Return bounds on |output - exact answer of these operands| for every row, and on lse.
+
+    Shapes:    see `korder.result.Certificate`; all float64.
+    Args:      rounding_unit: Relative rounding error of one block sum of the kernel.
+    Cost:      O(n (d + e)), no features.
+    Numerics:  The final cast of a 16-bit output does not count. A row with a NaN has NaN bounds.
+    Source:    The smaller of the sup bound tanh(ln(max / min of P / exp) / 4) and the moment bound
+               (A + C mean x^p) / mean P; both ours, sharpness and derivation in docs.
+    """
+    assert plan.polynomial is not None
+    problem, polynomial = plan.problem, plan.polynomial
+    bounds = row_bounds(xp, problem, operands)
+    live, log_weights = live_rows(xp, problem, operands)
+    rows = _gather(xp, plan, operands, output, (bounds.low, bounds.high, live, log_weights), rounding_unit)
+    spread, sizes, largest = _value_sizes(xp, problem, operands, output)
+    sup, sup_log = sup_bound(xp, polynomial, rows)
+    moment = moment_bound(xp, polynomial, rows) / (1.0 - rows.relative) + rows.lost
+    sup = sup + rows.lost * xp.exp(sup_log)
+    approximation = xp.minimum(sup, moment) * spread
+    inexact = rows.relative / (1.0 - rows.relative) * sizes
+    rounding = inexact + xp.tanh(0.5 * bounds.perturbation) * spread + _final_unit(xp, problem) * largest
+    lse_bound = xp.minimum(sup_log + _log_shift(xp, rows.lost), _log_shift(xp, moment))
+    lse_bound = lse_bound + _log_shift(xp, rows.relative) + bounds.perturbation + _lse_rounding(xp, output.lse, rows)
+    # sums that may be half wrong say nothing; NaN stays NaN
+    hopeless = xp.logical_and(live, rows.relative >= 0.5)
+    infinite = xp.full_like(sup, float("inf"))
+    approximation, rounding, lse_bound = (xp.where(hopeless, infinite, x) for x in (approximation, rounding, lse_bound))
+    zero = xp.zeros_like(sup)
+    by_moment = xp.sum(xp.astype(xp.logical_and(live, moment <= sup), xp.int64))
+    total = xp.sum(xp.astype(live, xp.int64))
+    return Certificate(
+        bound=xp.where(live, approximation + rounding, zero),
+        approximation=xp.where(live, approximation, zero),
+        rounding=xp.where(live, rounding, zero),
+        lse_bound=xp.where(live, lse_bound, zero),
+        score_range=xp.stack([xp.where(live, bounds.low, zero), xp.where(live, bounds.high, zero)], axis=3),
+        kind="moment" if bool(2 * by_moment >= total) else "sup",
+    )
+
+
+def _final_unit(xp: Any, problem: Problem) -> float:
+    """Return the relative error of the division and of its cast to the output, a cast to 16 bits not counted."""
+    wide = problem.dtype == "float64"
+    return 2.0 * UNIT64 if wide else 0.51 * float(xp.finfo(xp.float32).eps)
+
+
+def _log_shift(xp: Any, relative: Array) -> Array:
+    """Return the most that a relative change of a sum moves its logarithm: -log(1 - relative), inf from 1 on."""
+    inside = xp.where(relative < 1.0, relative, xp.zeros_like(relative))
+    return xp.where(relative < 1.0, -xp.log1p(-inside), xp.where(relative >= 1.0, float("inf"), relative))
+
+
+def _lse_rounding(xp: Any, lse: Array, rows: RowFacts) -> Array:
+    wide = xp.astype(lse, xp.float64)
+    size = xp.abs(wide) + xp.abs(rows.centre) + xp.abs(xp.log(rows.mean)) + 64.0
+    return 4.0 * float(xp.finfo(lse.dtype).eps) * size
+
+
+def _gather(
+    xp: Any,
+    plan: Plan,
+    operands: Operands,
+    output: KernelOutput,
+    found: tuple[Array, Array, Array, Array],
+    rounding_unit: float,
+) -> RowFacts:
+    problem, polynomial = plan.problem, plan.polynomial
+    assert polynomial is not None
+    assert output.normaliser is not None
+    assert output.moments is not None
+    assert output.magnitude is not None
+    low, high, live, log_weights = found
+    one = xp.ones_like(low)
+    normaliser = xp.where(live, xp.astype(output.normaliser, xp.float64), one)
+    mean = normaliser / xp.exp(xp.where(live, log_weights, xp.zeros_like(log_weights)))
+    lse = xp.where(live, xp.astype(output.lse, xp.float64), xp.zeros_like(low))
+    maxima = _row_maxima(xp, problem, operands)
+    # the kernel's own centre: everything below is about it, so its error widens the range
+    centre = lse - xp.log(normaliser) - maxima
+    slack = 4.0 * float(xp.finfo(output.lse.dtype).eps) * (xp.abs(lse) + xp.abs(xp.log(normaliser)) + xp.abs(maxima))
+    low, high = low - centre - slack, high - centre + slack
+    relative = _relative_rounding(xp, problem, polynomial, output.magnitude, rounding_unit)
+    relative = relative + _underflow(xp, problem, polynomial, operands, (centre, log_weights, mean))
+    lost = xp.zeros_like(low)
+    if any(bias is not None for bias in operands.biases):
+        dropped = SMALLEST_WEIGHT * problem.order * float(problem.tuples)
+        lost = dropped * xp.exp(xp.minimum(high, xp.full_like(high, 700.0))) / (normaliser * (1.0 - relative))
+    moments = xp.astype(output.moments, xp.float64)
+    return RowFacts(low, high, centre, mean, moments, relative, lost)
+
+
+def _row_maxima(xp: Any, problem: Problem, operands: Operands) -> Array:
+    """Return what the biases' maxima add to lse: (b, h, n) float64."""
+    pieces: dict[tuple[int, int], list[Array]] = {}
+    for plane in planes(xp, problem, operands):
+        known = [key.bias_maximum for key in plane.keys if key.bias_maximum is not None]
+        for head in plane.heads:
+            total = xp.zeros((problem.queries,), dtype=xp.float64)
+            for maximum in known:
+                total = total + maximum
+            pieces[plane.batch, head] = [total]
+    return assemble(xp, pieces, problem)
+
+
+def _relative_rounding(
+    xp: Any, problem: Problem, polynomial: PolynomialPlan, magnitude: Array, rounding_unit: float
+) -> Array:
+    """Return the bound on the rounding of any of the row's sums, relative to the sum of the polynomial.
+
+    Each of the k key states and the reading loses one block sum, the features' own rounding and the float64 carry; the
+    states, tables and readings are then multiplied and combined.
+    """
+    unit = 0.5 * float(xp.finfo(getattr(xp, problem.accumulation)).eps)
+    features = (polynomial.degree + 8) * unit
+    weights = 80.0 * UNIT64  # exp of a bias at most 70 below the largest
+    loss = rounding_unit + features + (polynomial.features / 16 + 8) * UNIT64
+    for length in problem.lengths:
+        loss += rounding_unit + features + (length / 16 + 8) * UNIT64 + weights
+    loss += (problem.order + 8) * unit + (8 * polynomial.degree + 4 * problem.order + 16) * UNIT64
+    loss = loss * (1.0 + loss) * (1.0 + loss)
+    if loss >= 0.25:
+        return xp.full_like(magnitude, float("inf"), dtype=xp.float64)
+    return loss / (1.0 - loss) * xp.astype(magnitude, xp.float64)
+
+
+def _underflow(
+    xp: Any, problem: Problem, polynomial: PolynomialPlan, operands: Operands, rows: tuple[Array, Array, Array]
+) -> Array:
+    """Return what monomials too small for the compute dtype may cost, relative to the sum of the polynomial."""
+    centre, log_weights, mean = rows
+    smallest = float(xp.finfo(getattr(xp, problem.accumulation)).smallest_normal)
+    reach = xp.zeros((), dtype=xp.float64)
+    for plane in planes(xp, problem, operands):
+        peaks = xp.max(xp.stack([column_peaks(xp, query) for query in plane.queries], axis=0), axis=0)
+        for key in plane.keys:
+            peaks = peaks * (2.0 * column_peaks(xp, key))
+        reach = xp.maximum(reach, abs(problem.scale) * 2.0 * xp.sum(peaks))
+    reach = reach + xp.abs(centre)
+    total = xp.zeros_like(mean)
+    for value in reversed(polynomial.values):
+        total = total * reach + abs(value)
+    count = 8.0 * (problem.order + 1) * (polynomial.degree + 4) * float(problem.tuples)
+    # divided by the sum of weights in two steps, so that neither factor overflows
+    share = xp.exp(-xp.where(log_weights > -float("inf"), log_weights, xp.zeros_like(log_weights)))
+    return (smallest * count * share) * total / xp.abs(mean)
+
+
+def _value_extremes(xp: Any, plane: Plane) -> Statistic:
+    def statistic(mode: int, start: int, stop: int) -> Array:
+        values = xp.astype(xp.permute_dims(plane.live_values(xp, mode, start, stop), (1, 0)), xp.float64)
+        block = xp.concat([values, -values], axis=0)
+        live = plane.keys[mode].live_tokens(xp, start, stop)
+        return xp.where(live[None, :], block, xp.full_like(block, -float("inf")))
+
+    return statistic
+
+
+def _value_sizes(xp: Any, problem: Problem, operands: Operands, output: KernelOutput) -> tuple[Array, Array, Array]:
+    """Return, for every row, the range of value products, the largest product plus output, and the largest output.
+
+    Each is the largest over channels, (b, h, n) float64, over the keys that the row sees; the ranges are attained.
+    """
+    sight, width = Sight.of(problem, operands), problem.value_width
+    pieces: list[dict[tuple[int, int], list[Array]]] = [{}, {}, {}]
+    for plane in planes(xp, problem, operands):
+        for start, stop, extremes in visible_maxima(xp, sight, _value_extremes(xp, plane)):
+            low, high = product_range(xp, extremes, width)
+            for head in plane.heads:
+                rows = xp.astype(output.output[plane.batch, head, start:stop, :], xp.float64)
+                # an output of 16 bits was rounded once more
+                shown = 1.01 * xp.abs(xp.permute_dims(rows, (1, 0)))
+                largest = xp.maximum(xp.abs(low), xp.abs(high)) + shown
+                ranges = xp.broadcast_to(xp.max(high - low, axis=0) * (1.0 + 1e-14), (stop - start,))
+                parts = (ranges, xp.max(largest, axis=0), xp.max(shown, axis=0))
+                for store, part in zip(pieces, parts, strict=True):
+                    store.setdefault((plane.batch, head), []).append(part)
+    spread, sizes, largest = (assemble(xp, store, problem) for store in pieces)
+    return spread, sizes, largest

@@ -1,0 +1,115 @@
+"""Whether a certificate meets a tolerance, which is relative to the range of a head's value products."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from korder.methods.statistics import product_range
+from korder.result import Certificate
+from korder.spi.operands import Operands
+
+Array = Any
+
+
+@dataclass(frozen=True, slots=True)
+class ToleranceCheck:
+    """How a certificate stands against a tolerance: `met` if both ratios are at most 1."""
+
+    met: bool
+    ratio: float
+    """Largest part over what the tolerance allows it; 0 if no row counts."""
+    part: str
+    """The part of the worst row: "approximation" or "rounding"."""
+    batch: int
+    head: int
+    row: int
+    value: float
+    """The worst part of the worst row, absolute."""
+    allowed: float
+    """What the tolerance allows there."""
+
+
+@np.errstate(all="ignore")
+def meets_tolerance(xp: Any, certificate: Certificate, operands: Operands, tolerance: float) -> ToleranceCheck:
+    """Return whether approximation <= tolerance * value range and rounding <= tolerance * largest value product.
+
+    Both references are the largest over channels of the row's head; rows with no live tuple, or with NaN, are exempt.
+    """
+    spread, largest = _head_values(xp, operands)
+    worst: ToleranceCheck | None = None
+    for part, bound, reference in (
+        ("approximation", certificate.approximation, spread),
+        ("rounding", certificate.rounding, largest),
+    ):
+        found = _worst_row(xp, part, bound, tolerance * reference)
+        worst = found if worst is None or found.ratio > worst.ratio else worst
+    assert worst is not None
+    return worst
+
+
+def _worst_row(xp: Any, part: str, bound: Array, allowed: Array) -> ToleranceCheck:
+    batch, heads, rows = bound.shape
+    if batch * heads * rows == 0:
+        return ToleranceCheck(True, 0.0, part, 0, 0, 0, 0.0, 0.0)
+    allowed = xp.broadcast_to(allowed[:, :, None], bound.shape)
+    counts = xp.logical_and(bound > 0.0, xp.logical_not(xp.isnan(allowed)))
+    ratio = xp.where(counts, bound / xp.where(allowed > 0.0, allowed, xp.ones_like(allowed)), xp.zeros_like(bound))
+    ratio = xp.where(xp.logical_and(counts, allowed == 0.0), xp.full_like(ratio, float("inf")), ratio)
+    flat = int(xp.argmax(xp.reshape(ratio, (-1,))))
+    b, h, i = flat // (heads * rows), flat // rows % heads, flat % rows
+    at = (b, h, i)
+    found = float(ratio[at])
+    return ToleranceCheck(found <= 1.0, found, part, *at, float(bound[at]), float(allowed[at]))
+
+
+def tolerance_miss(xp: Any, certificate: Certificate, operands: Operands, tolerance: float) -> str | None:
+    """Return by how much, and where, a certificate misses a tolerance; None if it meets it."""
+    check = meets_tolerance(xp, certificate, operands, tolerance)
+    if check.met:
+        return None
+    return (
+        f"{check.part} {check.value:.3g} in batch {check.batch}, head {check.head}, row {check.row}; "
+        f"tolerance {tolerance:g} allows {check.allowed:.3g}"
+    )
+
+
+def _head_values(xp: Any, operands: Operands) -> tuple[Array, Array]:
+    """Return the range of value products and the largest absolute one, over all live keys: (b, h) float64 each."""
+    batch, heads = operands.query.shape[:2]
+    shared = heads // operands.values[0].shape[1]
+    spreads, sizes = [], []
+    for b in range(batch):
+        for h in range(heads):
+            extremes = tuple(_mode_extremes(xp, operands, t, b, h, h // shared) for t in range(len(operands.values)))
+            low, high = product_range(xp, extremes, operands.values[0].shape[3])
+            spreads.append(xp.max(high - low))
+            sizes.append(xp.max(xp.maximum(xp.abs(low), xp.abs(high))))
+    if not spreads:
+        empty = xp.zeros((batch, heads), dtype=xp.float64)
+        return empty, empty
+    return xp.reshape(xp.stack(spreads), (batch, heads)), xp.reshape(xp.stack(sizes), (batch, heads))
+
+
+def _mode_extremes(xp: Any, operands: Operands, mode: int, batch: int, head: int, group: int) -> Array:
+    """Return the largest values and largest negatives over one mode's live keys: (2 e, 1) float64, -inf for none."""
+    values = xp.astype(operands.values[mode][batch, group, ...], xp.float64)
+    if values.shape[0] == 0:
+        return xp.full((2 * values.shape[1], 1), -float("inf"), dtype=xp.float64)
+    minus = xp.full_like(values[:1, :], -float("inf"))
+    live = None
+    mask = operands.key_masks[mode] if operands.key_masks else None
+    bias = operands.biases[mode] if operands.biases else None
+    if mask is not None:
+        live = mask[batch, group if mask.shape[1] > 1 else 0, ...]
+    if bias is not None:
+        row = bias[batch if bias.shape[0] > 1 else 0, head if bias.shape[1] > 1 else 0, 0, ...]
+        finite = row != -float("inf")
+        live = finite if live is None else xp.logical_and(live, finite)
+    both = []
+    for signed in (values, -values):
+        seen = signed if live is None else xp.where(live[:, None], signed, minus)
+        both.append(xp.max(seen, axis=0))
+    return xp.concat(both, axis=0)[:, None]
