@@ -233,5 +233,5 @@ def assemble(
     batch, heads = problem.batch, problem.heads
     if not pieces:
         return xp.zeros((batch, heads, problem.queries, *empty), dtype=dtype or xp.float64)
-    rows = [[xp.concat(pieces[b, h], axis=0) for h in range(heads)] for b in range(batch)]
-    return xp.stack([xp.stack(heads, axis=0) for heads in rows], axis=0)
+    rows = xp.concat([part for b in range(batch) for h in range(heads) for part in pieces[b, h]], axis=0)
+    return xp.reshape(rows, (batch, heads, problem.queries, *rows.shape[1:]))

@@ -13,13 +13,14 @@ import numpy as np
 from array_api_compat import device
 
 from korder.errors import AccuracyError
-from korder.methods.factors import Factor, Plane, assemble, planes
+from korder.methods.factors import Factor, Plane, planes
 from korder.methods.features import FeatureTable, feature_adjoint, feature_table, multinomials, polynomial_features
 from korder.methods.readings import (
     Kept,
     Progress,
     Reading,
     ReadTable,
+    RowCollector,
     centred_coefficients,
     centred_powers,
     nonzero,
@@ -72,28 +73,30 @@ class PolynomialKernel:
             centre = row_centres(xp, problem, operands, self.polynomial.coefficients)
         live, log_weights = live_rows(xp, problem, operands, known.get("maxima"))
         progress = self._progress(operands)
-        pieces: tuple[dict[tuple[int, int], list[Array]], ...] = ({}, {}, {}, {})
+        stores = (
+            self.collector((problem.value_width,), operands.query.dtype),
+            self.collector(),
+            self.collector((self.polynomial.degree + 1,)),
+            self.collector(),
+        )
         kept = Kept(save)
         for index, plane in enumerate(planes(xp, problem, operands, known.get("maxima"))):
             scales = self.column_scales(plane) if "scales" not in known else known["scales"][index, ...]
             states: list[Array] = []
             for head, start, stop, reading in self.readings(operands, plane, scales, states, progress):
                 at = (plane.batch, head, slice(start, stop))
-                for store, part in zip(pieces, self._finish(reading, centre[at], live[at]), strict=True):
-                    store.setdefault((plane.batch, head), []).append(part)
+                for store, part in zip(stores, self._finish(reading, centre[at], live[at]), strict=True):
+                    store.put(plane.batch, head, start, part)
             kept.close(xp, plane, scales, states)
-        width = problem.value_width
-        mean = assemble(xp, pieces[1], problem)
-        normaliser = xp.where(live, mean * xp.exp(log_weights), xp.zeros_like(mean))
+        output, mean, moments, magnitude = (store.result() for store in stores)
         self.check_normaliser(mean, live)
-        maxima = kept.row_maxima(xp, problem)
-        logs = xp.log(xp.where(live, mean, xp.ones_like(mean))) + log_weights + centre + maxima
+        logs = xp.log(xp.where(live, mean, xp.ones_like(mean))) + log_weights + centre + kept.row_maxima(xp, problem)
         return KernelOutput(
-            output=assemble(xp, pieces[0], problem, (width,), operands.query.dtype),
+            output=output,
             lse=xp.where(live, logs, xp.full_like(logs, -float("inf"))),
-            normaliser=normaliser,
-            moments=assemble(xp, pieces[2], problem, (self.polynomial.degree + 1,)),
-            magnitude=assemble(xp, pieces[3], problem),
+            normaliser=xp.where(live, mean * xp.exp(log_weights), xp.zeros_like(mean)),
+            moments=moments,
+            magnitude=magnitude,
             residuals=kept.residuals(xp, centre) if save else None,
         )
 
@@ -125,8 +128,8 @@ class PolynomialKernel:
         for start, stop in self.blocks(key.length):
             features = self.features(self.scaled(key, scales[mode + 1, ...], start, stop))
             weighted = plane.values_and_weights(xp, mode, start, stop)
-            state = state + self.product(features, weighted)
-            absolute = absolute + self.absolute_product(features, weighted[:, -1:])
+            state = self.product(features, weighted, state)
+            absolute = self.absolute_product(features, weighted[:, -1:], absolute)
             progress.advance(stop - start)
         return state, absolute
 
@@ -254,19 +257,25 @@ class PolynomialKernel:
         """Return the gradient of the columns (w, c), given that of the features (r, c)."""
         return feature_adjoint(self.xp, self.table, columns, features, gradient)
 
-    def product(self, left: Array, right: Array) -> Array:
-        """Return left (p, q) @ right (q, s) in float64, summed in the compute dtype over at most `SUM_BLOCK` terms."""
+    def product(self, left: Array, right: Array, total: Array | None = None) -> Array:
+        """Return total (p, s) + left (p, q) @ right (q, s) in float64; `total` belongs to the callee.
+
+        Summed in the compute dtype over at most `SUM_BLOCK` terms, then in float64.
+        """
         xp = self.xp
-        total = None
         for start in range(0, left.shape[1], SUM_BLOCK):
             stop = min(start + SUM_BLOCK, left.shape[1])
             part = xp.astype(xp.matmul(left[:, start:stop], right[start:stop, :]), xp.float64)
             total = part if total is None else total + part
         return total
 
-    def absolute_product(self, left: Array, right: Array) -> Array:
-        """Return |left| (p, q) @ right (q, 1) as `product` does."""
-        return self.product(self.xp.abs(left), right)
+    def absolute_product(self, left: Array, right: Array, total: Array | None = None) -> Array:
+        """Return total + |left| (p, q) @ right (q, 1) as `product` does."""
+        return self.product(self.xp.abs(left), right, total)
+
+    def collector(self, trailing: tuple[int, ...] = (), dtype: Any = None) -> RowCollector:
+        """Return what gathers blocks of rows into (b, h, n, ..); float64 when no dtype is named."""
+        return RowCollector(self.xp, self.problem, trailing, dtype)
 
     def running_state(self, features: Array, weighted: Array, carry: Array) -> Array:
         """Return carry (rho, e') + running sums over tokens of features (rho, c) by weighted (c, e'): (rho, c, e')."""

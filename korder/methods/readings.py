@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import comb
 from typing import Any
 
-from korder.methods.factors import Plane
+from korder.methods.factors import Plane, assemble
 from korder.problem import Problem
 
 Array = Any
@@ -50,6 +50,23 @@ class Progress:
         if self.listener is not None:
             self.done[0] += tokens
             self.listener(min(1.0, self.done[0] / max(self.total, 1)))
+
+
+class RowCollector:
+    """Collects blocks of rows (c, ..) of every batch entry and head, in any order of heads, into (b, h, n, ..)."""
+
+    def __init__(self, xp: Any, problem: Problem, trailing: tuple[int, ...] = (), dtype: Any = None) -> None:
+        self.xp, self.problem, self.trailing, self.dtype = xp, problem, trailing, dtype
+        self._pieces: dict[tuple[int, int], list[Array]] = {}
+
+    def put(self, batch: int, head: int, start: int, rows: Array) -> None:
+        """Add the rows from `start` on; the blocks of one head come in order."""
+        assert start >= 0
+        self._pieces.setdefault((batch, head), []).append(rows)
+
+    def result(self) -> Array:
+        """Return all rows."""
+        return assemble(self.xp, self._pieces, self.problem, self.trailing, self.dtype)
 
 
 @dataclass(slots=True)

@@ -2,8 +2,114 @@
 
 from __future__ import annotations
 
-from korder.spi import PolynomialKernel
+import threading
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from korder.spi import Plan, PolynomialKernel
+
+Array = NDArray[Any]
+SUM_BLOCK = 256
+
+
+class PreallocatedRows:
+    """Writes blocks of rows where they belong, so that no second copy of a result exists."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
+        self._rows = np.empty(shape, dtype=dtype)
+
+    def put(self, batch: int, head: int, start: int, rows: Array) -> None:
+        """Write the rows from `start` on."""
+        self._rows[batch, head, start : start + rows.shape[0]] = rows
+
+    def result(self) -> Array:
+        """Return all rows."""
+        return self._rows
 
 
 class NumpyPolynomialKernel(PolynomialKernel):
-    """The polynomial method on NumPy arrays."""
+    """The polynomial method on NumPy arrays.
+
+    Cost:  as the generic kernel; the features of a block are written once, into a buffer that each thread keeps.
+    """
+
+    def __init__(self, xp: Any, plan: Plan) -> None:
+        super().__init__(xp, plan)
+        self._buffers = threading.local()
+
+    def normalise_columns(self, columns: Array, scale: Array) -> Array:
+        """Return columns (w, c) over their scales, rows contiguous."""
+        result: Array = np.empty(columns.shape, dtype=columns.dtype)
+        np.divide(columns, scale.astype(columns.dtype)[:, None], out=result)
+        return result
+
+    def features(self, columns: Array) -> Array:
+        """Return the monomials (r, c); for the full mask in a buffer that the next call overwrites."""
+        causal = self.problem.spec.mask.kind == "causal"
+        shape = (self.table.features, columns.shape[1])
+        result = np.empty(shape, columns.dtype) if causal else self._buffer("features", shape, columns.dtype)
+        result[0] = 1
+        for m in range(1, self.table.degree + 1):
+            parents = result[self.table.rows(m - 1)]
+            block = result[self.table.rows(m)]
+            starts, positions = self.table.starts[m - 1], self.table.starts[m]
+            for first in range(self.table.width):
+                rows = block[positions[first] : positions[first + 1]]
+                np.multiply(columns[first], parents[starts[first] :], out=rows)
+        return result
+
+    def adjoint(self, columns: Array, features: Array, gradient: Array) -> Array:
+        """Return the gradient of the columns (w, c); overwrites that of the features."""
+        total = np.zeros_like(columns)
+        for m in range(self.table.degree, 0, -1):
+            starts, positions = self.table.starts[m - 1], self.table.starts[m]
+            block, parents = gradient[self.table.rows(m)], features[self.table.rows(m - 1)]
+            passed = gradient[self.table.rows(m - 1)]
+            for first in range(self.table.width):
+                own = block[positions[first] : positions[first + 1]]
+                total[first] += np.einsum("ij,ij->j", own, parents[starts[first] :])
+                if m > 1:
+                    own *= columns[first]
+                    passed[starts[first] :] += own
+        return total
+
+    def product(self, left: Array, right: Array, total: Array | None = None) -> Array:
+        """Return total + left (p, q) @ right (q, s) in float64, added in place."""
+        shape = (left.shape[0], right.shape[1])
+        result = np.zeros(shape) if total is None else total
+        part = self._buffer("part", shape, left.dtype)
+        for start in range(0, left.shape[1], SUM_BLOCK):
+            np.matmul(left[:, start : start + SUM_BLOCK], right[start : start + SUM_BLOCK], out=part)
+            result += part
+        return result
+
+    def absolute_product(self, left: Array, right: Array, total: Array | None = None) -> Array:
+        """Return total + |left| (p, q) @ right (q, 1) in float64; absolute values are taken in cached blocks."""
+        result = np.zeros((left.shape[0], 1)) if total is None else total
+        by_rows = left.flags.c_contiguous
+        if by_rows:
+            for start in range(0, left.shape[0], SUM_BLOCK):
+                block = np.abs(left[start : start + SUM_BLOCK])
+                for first in range(0, left.shape[1], SUM_BLOCK):
+                    part = block[:, first : first + SUM_BLOCK] @ right[first : first + SUM_BLOCK]
+                    result[start : start + SUM_BLOCK] += part
+            return result
+        for first in range(0, left.shape[1], SUM_BLOCK):
+            result += np.abs(left[:, first : first + SUM_BLOCK]) @ right[first : first + SUM_BLOCK]
+        return result
+
+    def collector(self, trailing: tuple[int, ...] = (), dtype: Any = None) -> Any:
+        """Return a preallocated array to write rows into."""
+        shape = (self.problem.batch, self.problem.heads, self.problem.queries, *trailing)
+        return PreallocatedRows(shape, dtype or np.float64)
+
+    def _buffer(self, name: str, shape: tuple[int, int], dtype: Any) -> Array:
+        """Return a scratch array of this thread, grown when needed."""
+        kept = getattr(self._buffers, name, None)
+        if kept is None or kept.size < shape[0] * shape[1] or kept.dtype != dtype:
+            kept = np.empty(shape[0] * shape[1], dtype)
+            setattr(self._buffers, name, kept)
+        scratch: Array = kept[: shape[0] * shape[1]].reshape(shape)
+        return scratch
