@@ -59,3 +59,8 @@ def assert_refused(result: Any, status: int, code: str, before: list[str]) -> di
 
 def listing() -> list[str]:
     return sorted(str(path) for path in Path().rglob("*"))
+
+
+def stored(path: str) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as archive:
+        return dict(archive)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from korder.cli.app import app
-from tests.command_line import GOOD, call, write
+from tests.command_line import GOOD, call, stored, write
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,17 +52,17 @@ def test_the_written_output_is_the_attention_of_the_data() -> None:
 
     assert call("run", write()).exit_code == 0
     inputs = build_inputs(read_run("run.toml"))  # type: ignore[arg-type]
-    stored = np.load("out/arrays.npz", allow_pickle=False)
+    arrays = stored("out/arrays.npz")
     expected = korder.attend_result(inputs.query, inputs.keys, inputs.values)
-    np.testing.assert_array_equal(stored["output"], expected.output)
-    np.testing.assert_array_equal(stored["lse"], expected.lse)
-    assert stored["output"].shape == (3, 4, 7, 2)
+    np.testing.assert_array_equal(arrays["output"], expected.output)
+    np.testing.assert_array_equal(arrays["lse"], expected.lse)
+    assert arrays["output"].shape == (3, 4, 7, 2)
 
 
 def test_a_written_run_repeats_itself() -> None:
     assert call("run", write(), "--set", "data.seed=5", "--output", "first").exit_code == 0
     assert call("run", "first/run.toml", "--output", "second").exit_code == 0
-    first, second = (np.load(f"{name}/arrays.npz", allow_pickle=False) for name in ("first", "second"))
+    first, second = (stored(f"{name}/arrays.npz") for name in ("first", "second"))
     np.testing.assert_array_equal(first["output"], second["output"])
 
 
@@ -101,8 +101,8 @@ def test_a_polynomial_run_reports_its_certificate() -> None:
     assert len(record["measured_rows"]["errors"]) == 5
     assert all(e <= c for e, c in zip(*(record["measured_rows"][k] for k in ("errors", "certified")), strict=True))
     assert record["exact_would_need"]["flops"] > 0
-    stored = np.load("out/arrays.npz", allow_pickle=False)
-    assert stored["bound"].shape == (3, 4, 7)
+    arrays = stored("out/arrays.npz")
+    assert arrays["bound"].shape == (3, 4, 7)
 
 
 def test_a_causal_polynomial_run_measures_the_right_rows() -> None:
@@ -117,13 +117,13 @@ def test_a_causal_polynomial_run_measures_the_right_rows() -> None:
 
 
 def test_plan_computes_nothing_and_needs_no_arrays() -> None:
-    write(GOOD.replace("n = 7, lengths = [5, 3]", "n = 1000003, lengths = [1000033, 1000037]"))
+    write(GOOD.replace("n = 7, lengths = [5, 3]", "n = 100003, lengths = [100019, 100043]"))
     result = call("plan", "run.toml")
     assert result.exit_code == 0, result.output
-    assert "n=1000003, m=1000033 x 1000037" in result.stdout
+    assert "n=100003, m=100019 x 100043" in result.stdout
     assert "backend: " in result.stdout
     record = json.loads(call("plan", "run.toml", "--format", "json").stdout)
-    assert record["plans"][0]["cost"]["flops"] > 1e18
+    assert record["plans"][0]["cost"]["flops"] > 1e15
     assert [path.name for path in Path().iterdir()] == ["run.toml"]
 
 

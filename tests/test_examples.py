@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from korder.cli.app import app
 from korder.experiments import set_cards
+from tests.command_line import stored
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -40,7 +41,7 @@ def test_quickstart_finds_every_set() -> None:
     record = json.loads((folder / "result.json").read_text())
     assert record["passed"]
     assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
-    output = np.load(folder / "arrays.npz", allow_pickle=False)["output"]
+    output = stored("runs/quickstart/arrays.npz")["output"]
     # A row of the output is the chance of each card to be the first partner: 1 over the matching tuples.
     assert output.shape == (12, 12)
     np.testing.assert_allclose(output.sum(axis=1), 1, rtol=1e-5)
@@ -63,8 +64,8 @@ def test_a_layer_that_is_wrong_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_polynomial_method_refuses_the_quickstart() -> None:
     """Deciding triples needs large scores, where no degree worth its cost can be certified."""
     status, text = run("quickstart.toml", "attention.method={kind='polynomial', tolerance=1e-3}")
-    assert status == 1
-    assert "AccuracyError" in text
+    assert status == 1, text
+    assert "tolerance 0.001" in text
     assert not Path("runs").exists()
 
 
@@ -77,7 +78,7 @@ def test_long_text_at_a_small_size() -> None:
     measured = record["measured_rows"]
     assert len(measured["errors"]) == 7
     assert all(0 < e <= c for e, c in zip(measured["errors"], measured["certified"], strict=True))
-    assert record["exact_would_need"]["flops"] >= 2 * 1009**3 * 32
+    assert record["exact_would_need"]["flops"] >= 2 * 1009**3 * 16
 
 
 def test_long_text_is_long() -> None:

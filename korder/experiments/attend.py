@@ -199,7 +199,7 @@ def _measure_against_exact(report: Report, inputs: Inputs, progress: Progress) -
 
 
 def _measure_rows(report: Report, inputs: Inputs, count: int, progress: Progress) -> MeasuredRows:
-    """Compute a few rows exactly, one at a time, so that the progress is seen."""
+    """Compute a few rows exactly, each on its own, so that the progress is seen."""
     given = read_operands(inputs.query, inputs.keys, inputs.values, **inputs.optional())
     problem = report.plan.problem
     request = Request(problem, to_kernel_layout(given, report.run.attention), given.kind, report.run.backend)
@@ -208,11 +208,12 @@ def _measure_rows(report: Report, inputs: Inputs, count: int, progress: Progress
     assert report.result.certificate is not None
     bounds = to_numpy(report.result.certificate.bound).reshape(-1)
     progress.stage("computing sampled rows exactly", total=len(positions))
+
     errors = []
     start = time.perf_counter()
-    for position in positions:
-        exact = rows.exact_rows(default_registry(), request, (position,))[0]
-        errors.append(float(np.max(np.abs(output[position].astype(np.float64) - to_numpy(exact)))))
+    for position in positions:  # not in threads: two callers of a threaded BLAS wait for each other
+        exact = to_numpy(rows.exact_rows(default_registry(), request, (position,))[0])
+        errors.append(float(np.max(np.abs(output[position].astype(np.float64) - exact))))
         progress.advance()
     seconds = time.perf_counter() - start
     return MeasuredRows(positions, np.asarray(errors), bounds[list(positions)].astype(np.float64), seconds)
@@ -231,9 +232,7 @@ def _answer_set_cards(report: Report, data: SetCardsData, inputs: Inputs) -> Non
     cards = set_cards.deal(data)
     lse = to_numpy(report.result.lse)
     count = int(max(set_cards.matches(lse).max(), 0)) + 1
-    tuples, _ = korder.top_tuples(
-        inputs.query, inputs.keys, spec=report.run.attention, count=count, backend=report.run.backend
-    )
+    tuples, _ = korder.top_tuples(inputs.query, inputs.keys, spec=report.run.attention, count=count)
     found, truth = set_cards.verdict(lse, to_numpy(tuples)), set_cards.brute_force(cards)
     report.verdict = found
     report.answer += [f"{i + 1:>3}  {set_cards.describe(card)}" for i, card in enumerate(cards)]

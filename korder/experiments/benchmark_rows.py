@@ -6,7 +6,6 @@ The ceiling is NumPy's 2048^3 matrix product in the same dtype.
 
 from __future__ import annotations
 
-import gc
 import json
 import statistics
 import subprocess
@@ -23,7 +22,6 @@ import numpy as np
 
 from korder import api
 from korder.experiments.benchmark_cases import Case, Disagreement, make_case, require_backward, require_forward
-from korder.experiments.machine import matmul_rate
 from korder.spec import AttentionSpec, Exact, Polynomial
 
 CEILING_SIZE = 2048
@@ -52,25 +50,35 @@ class Measured:
     values: dict[str, float] = field(default_factory=dict)
 
 
-def median_seconds(work: Callable[[], object], repeats: int) -> float:
-    """Return the median time of `repeats` calls, after one that is not counted."""
-    work()
-    return statistics.median(_once(work) for _ in range(repeats))
+def median_seconds(repeats: int, *works: Callable[[], object]) -> list[float]:
+    """Return the median time of each work over `repeats` rounds, after one that is not counted.
+
+    The works take turns, so that a machine whose speed drifts slows them alike.
+    """
+    for work in works:
+        work()
+    rounds = [[_seconds(work) for work in works] for _ in range(repeats)]
+    return [statistics.median(times) for times in zip(*rounds, strict=True)]
 
 
-def _once(work: Callable[[], object]) -> float:
-    gc.collect()
+def _seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
+def _ceiling_product() -> tuple[Callable[[], object], float]:
+    """Return a matrix product to be timed, and its flop."""
+    generator = np.random.default_rng(0)
+    left, right = (generator.standard_normal((CEILING_SIZE, CEILING_SIZE), dtype=np.float32) for _ in range(2))
+    out = np.empty_like(left)
+    return lambda: np.matmul(left, right, out=out), 2.0 * CEILING_SIZE**3
+
+
 def _against_ceiling(case: Case, settings: Settings, target: float, error: float) -> Measured:
-    # The ceiling is taken before and after, so that a machine whose speed drifts does not flatter the row.
-    before = matmul_rate("float32", CEILING_SIZE)
-    seconds = median_seconds(case.forward, settings.repeats)
-    ceiling = max(before, matmul_rate("float32", CEILING_SIZE))
-    rate = case.flops / seconds
+    product, flops = _ceiling_product()
+    seconds, of_product = median_seconds(settings.repeats, case.forward, product)
+    rate, ceiling = case.flops / seconds, flops / of_product
     return Measured(
         f"{rate / ceiling:.2f} of the ceiling",
         f">= {target:.2f}",
@@ -98,7 +106,7 @@ def exact_against_torch(settings: Settings) -> Measured:
     gap = float(np.max(np.abs(peer().numpy() - np.asarray(case.forward().output))))
     if not gap <= 1e-4:
         raise Disagreement(f"torch's output differs by {gap:.1e}")
-    theirs, ours = median_seconds(peer, settings.repeats), median_seconds(case.forward, settings.repeats)
+    theirs, ours = median_seconds(settings.repeats, peer, case.forward)
     return Measured(
         f"{theirs / ours:.2f} of its speed",
         target,
@@ -127,8 +135,7 @@ def _backward_ratio(case: Case, settings: Settings, target: float) -> Measured:
     require_forward(case, rows=1)
     saved = case.forward(save=True)
     require_backward(case, saved)
-    forward = median_seconds(case.forward, settings.repeats)
-    backward = median_seconds(lambda: case.backward(saved), settings.repeats)
+    forward, backward = median_seconds(settings.repeats, case.forward, lambda: case.backward(saved))
     return Measured(
         f"{backward / forward:.2f} x forward",
         f"<= {target:.1f} x",
@@ -190,7 +197,7 @@ def exact_order_3_slope(settings: Settings) -> Measured:
     sizes = (40, 48, 56) if settings.quick else (64, 72, 80, 88, 96)
     cases = [make_case(spec, n, 64, settings.backend) for n in sizes]
     _require_reduction(cases[0], settings.backend)
-    times = [median_seconds(case.forward, settings.repeats) for case in cases]
+    times = median_seconds(settings.repeats, *(case.forward for case in cases))
     return _slope(sizes, times, 4.3, "exact, order 3")
 
 
@@ -234,7 +241,8 @@ def polynomial_slope(settings: Settings) -> Measured:
         case = make_case(DEGREE_2, 2**exponent, 64, settings.backend, _SCORE_RMS)
         if exponent == exponents[0]:
             require_forward(case, rows=1)
-        times.append(median_seconds(case.forward, min(settings.repeats, 3)))
+        # One size after the other: together they would take too much memory.
+        times += median_seconds(min(settings.repeats, 3), case.forward)
     return _slope([2**exponent for exponent in exponents], times, 1.1, "polynomial degree 2")
 
 
@@ -250,24 +258,32 @@ import json, sys, time
 before = set(sys.modules)
 start = time.perf_counter()
 import korder
-print(json.dumps([time.perf_counter() - start, sorted(set(sys.modules) - before)]))
+imported = time.perf_counter() - start
+modules = sorted(set(sys.modules) - before)
+korder.attend
+print(json.dumps([imported, time.perf_counter() - start, modules, sorted(set(sys.modules) - before)]))
 """
+_LARGE = ("numpy", "pydantic", "torch", "jax", "opt_einsum", "matplotlib")
 
 
 def import_time(settings: Settings) -> Measured:
-    """`import korder` in a fresh interpreter, and what it loads."""
+    """`import korder` in a fresh interpreter, and what it loads; then what `korder.attend` loads."""
     runs = [json.loads(_python(_IMPORT_PROGRAM)) for _ in range(settings.repeats)]
-    seconds = statistics.median(run[0] for run in runs)
-    modules = runs[0][1]
-    heavy = [name for name in ("numpy", "pydantic", "torch", "jax", "opt_einsum", "matplotlib") if name in modules]
-    target = 0.25
+    seconds, ready = (statistics.median(run[place] for run in runs) for place in (0, 1))
+    modules, later = runs[0][2], runs[0][3]
+    target = 0.1
     return Measured(
         _time(seconds),
         f"<= {_time(target)}",
         seconds <= target,
-        f"loads {len(modules)} modules; of the large ones {', '.join(heavy) or 'none'}",
-        {"seconds": seconds, "modules": float(len(modules))},
+        f"loads {len(modules)} modules, of the large ones {_large(modules)}; "
+        f"with `korder.attend` {_time(ready)}, {len(later)} modules, {_large(later)}",
+        {"seconds": seconds, "modules": float(len(modules)), "attend_seconds": ready, "attend_modules": len(later)},
     )
+
+
+def _large(modules: list[str]) -> str:
+    return ", ".join(name for name in _LARGE if name in modules) or "none"
 
 
 def overhead(settings: Settings) -> Measured:
@@ -282,8 +298,7 @@ def overhead(settings: Settings) -> Measured:
     if not np.array_equal(np.asarray(through_api()), np.asarray(case.forward().output)):
         raise Disagreement("attend and its kernel give different outputs")
     calls = 50 if settings.quick else 400
-    direct = statistics.median(_once_quickly(case.forward) for _ in range(calls))
-    whole = statistics.median(_once_quickly(through_api) for _ in range(calls))
+    direct, whole = median_seconds(calls, case.forward, through_api)
     added, target = whole - direct, 100e-6
     return Measured(
         _time(added),
@@ -292,12 +307,6 @@ def overhead(settings: Settings) -> Measured:
         f"attend {_time(whole)}, kernel {_time(direct)}, medians of {calls} calls",
         {"seconds": added, "attend_seconds": whole, "kernel_seconds": direct},
     )
-
-
-def _once_quickly(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def _python(program: str, *arguments: str) -> str:
