@@ -1,4 +1,4 @@
-"""The polynomial method by its definition, dense and in float64: explicit scores, P of the centred ones, plain sums.
+"""The polynomial method by its definition, dense and in any dtype: explicit scores, P of centred ones, plain sums.
 
 Shares no code with kernels: scores are built by broadcasting over tuples, -inf where a tuple may not be attended to.
 """
@@ -14,23 +14,26 @@ from tests.problems import Case
 Array = Any
 
 
-def dense_scores(case: Case) -> tuple[Array, Array]:
+def dense_scores(case: Case, dtype: Any = np.longdouble, *, absolute: bool = False) -> tuple[Array, Array]:
     """Return scores without biases and the sum of biases, each (b, h, n, m1 .. mk) flattened over tuples.
 
-    The bias is -inf where a tuple may not be attended to; masked keys are never looked at.
+    The bias is -inf where a tuple may not be attended to; masked keys are never looked at. With `absolute`, scores are
+    the sums of the absolute values of their terms.
     """
+    sized = np.abs if absolute else np.asarray
     order, (batch, heads, queries, width) = len(case.keys), case.query.shape
     share = heads // case.keys[0].shape[1]
     lengths = tuple(key.shape[2] for key in case.keys)
-    scores, bias = (np.zeros((batch, heads, queries, int(np.prod(lengths)))) for _ in range(2))
+    scores, bias = (np.zeros((batch, heads, queries, int(np.prod(lengths))), dtype) for _ in range(2))
     for b in range(batch):
         for h in range(heads):
             live = [_live_keys(case, t, b, h, h // share) for t in range(order)]
             keys = [key[b, h // share] for key in case.keys]
-            rows = [np.where(x[:, None], key, 0).astype(float) for x, key in zip(live, keys, strict=True)]
-            scores[b, h] = _row_scores(case, case.query[b, h].astype(float), rows).reshape(queries, -1)
-            bias[b, h] = _row_biases(case, live, b, h).reshape(queries, -1)
-    return scores * case.spec.score_factor(width), bias
+            rows = [np.where(x[:, None], key, 0).astype(dtype) for x, key in zip(live, keys, strict=True)]
+            factors = _factors(case, case.query[b, h].astype(dtype), rows, dtype)
+            scores[b, h] = _row_scores([sized(x) for x in factors]).reshape(queries, -1)
+            bias[b, h] = _row_biases(case, live, b, h, dtype).reshape(queries, -1)
+    return scores * sized(np.asarray(case.spec.score_factor(width), dtype)), bias
 
 
 def _live_keys(case: Case, t: int, b: int, h: int, g: int) -> Array:
@@ -45,30 +48,35 @@ def _live_keys(case: Case, t: int, b: int, h: int, g: int) -> Array:
     return live
 
 
-def _row_scores(case: Case, query: Array, rows: list[Array]) -> Array:
+def _factors(case: Case, query: Array, rows: list[Array], dtype: Any) -> list[Array]:
+    """Return the k + 1 matrices whose rows' elementwise products sum to scores."""
     if isinstance(case.weight, tuple):
-        factors = [np.asarray(x, dtype=float) for x in case.weight]
-        query, rows = query @ factors[0], [row @ x for row, x in zip(rows, factors[1:], strict=True)]
-    elif case.weight is not None:
-        result = np.tensordot(query, np.asarray(case.weight, dtype=float), axes=(1, 0))
-        for row in rows:  # each contraction moves its tokens to the end
-            result = np.tensordot(result, row, axes=(1, 1))
-        return result
-    tensor = query
-    for row in rows:
+        projections = [np.asarray(x, dtype=dtype) for x in case.weight]
+        return [x @ projection for x, projection in zip((query, *rows), projections, strict=True)]
+    if case.weight is None:
+        return [query, *rows]
+    widths = [row.shape[1] for row in rows]
+    columns = np.indices(widths).reshape(len(rows), -1)
+    flat = np.asarray(case.weight, dtype=dtype).reshape(query.shape[1], -1)
+    return [query @ flat, *(row[:, index] for row, index in zip(rows, columns, strict=True))]
+
+
+def _row_scores(factors: list[Array]) -> Array:
+    tensor = factors[0]
+    for row in factors[1:]:
         tensor = tensor[..., None, :] * row
     return tensor.sum(-1)
 
 
-def _row_biases(case: Case, live: list[Array], b: int, h: int) -> Array:
+def _row_biases(case: Case, live: list[Array], b: int, h: int, dtype: Any) -> Array:
     queries, order = case.query.shape[2], len(live)
-    total = np.zeros((queries, *(len(x) for x in live)))
+    total = np.zeros((queries, *(len(x) for x in live)), dtype)
     causal = case.spec.mask.kind == "causal"
     for t, alive in enumerate(live):
-        part = np.where(alive, 0.0, -np.inf)[None, :].repeat(queries, axis=0)
+        part = np.where(alive, 0.0, -np.inf).astype(dtype)[None, :].repeat(queries, axis=0)
         given = case.biases[t] if case.biases else None
         if given is not None:
-            part = part + np.broadcast_to(given, (*case.query.shape[:2], 1, len(alive)))[b, h].astype(float)
+            part = part + np.broadcast_to(given, (*case.query.shape[:2], 1, len(alive)))[b, h].astype(dtype)
         if causal:
             offset = case.key_offsets[t] if case.key_offsets else 0
             later = np.arange(len(alive))[None, :] + offset > np.arange(queries)[:, None] + case.query_offset
@@ -77,17 +85,17 @@ def _row_biases(case: Case, live: list[Array], b: int, h: int) -> Array:
     return total
 
 
-def value_products(case: Case) -> Array:
+def value_products(case: Case, dtype: Any = np.longdouble) -> Array:
     """Return the value products of all tuples, (b, h, m1 .. mk, e) flattened over tuples; dead keys' values are 0."""
     batch, heads = case.query.shape[:2]
     share = heads // case.keys[0].shape[1]
     found = []
     for b in range(batch):
         for h in range(heads):
-            tensor = np.ones(case.values[0].shape[3])
+            tensor = np.ones(case.values[0].shape[3], dtype)
             for t, value in enumerate(case.values):
                 live = _live_keys(case, t, b, h, h // share)
-                tensor = tensor[..., None, :] * np.where(live[:, None], value[b, h // share], 0).astype(float)
+                tensor = tensor[..., None, :] * np.where(live[:, None], value[b, h // share], 0).astype(dtype)
             found.append(tensor.reshape(-1, tensor.shape[-1]))
     return np.stack(found).reshape(batch, heads, -1, found[0].shape[-1])
 
@@ -110,20 +118,26 @@ def dense_exact(case: Case) -> tuple[Array, Array]:
         return output, np.log(total) + top[..., 0]
 
 
-def dense_polynomial(case: Case, coefficients: tuple[float, ...], centre: Array) -> dict[str, Array]:
-    """Return what a kernel of these coefficients and centres (b, h, n) returns: output, lse, moments, magnitude.
+def dense_polynomial(
+    case: Case, coefficients: tuple[float, ...], centre: Array, dtype: Any = np.longdouble
+) -> dict[str, Array]:
+    """Return what a kernel of these coefficients and centres (b, h, n) is to return, computed in `dtype`.
 
-    lse is centre + ln of the sum, with biases as weights; moments and the magnitude follow `KernelOutput`.
+    lse is centre + ln of the sum, biases being weights; `mean` the polynomial's mean over tuples; `condition` the sum
+    of absolute monomial terms over the sum: by tuples, |P| at the sum of the absolute terms of score and centre.
     """
-    scores, bias = dense_scores(case)
-    weights = np.where(bias == -np.inf, 0.0, np.exp(np.where(bias == -np.inf, 0.0, bias)))
-    centred = scores - centre[..., None]
-    values = np.polynomial.polynomial.polyval(centred, np.asarray(coefficients))
-    output, total = weighted_answer(weights * values, value_products(case))
+    scores, bias = dense_scores(case, dtype)
+    absolute, _ = dense_scores(case, dtype, absolute=True)
+    weights = np.where(bias == -np.inf, 0, np.exp(np.where(bias == -np.inf, 0, bias)))
+    values = np.asarray(coefficients, dtype)
+    shift = centre[..., None].astype(dtype)
+    centred = scores - shift
+    output, total = weighted_answer(
+        weights * np.polynomial.polynomial.polyval(centred, values), value_products(case, dtype)
+    )
+    sizes = (weights * np.polynomial.polynomial.polyval(absolute + np.abs(shift), np.abs(values))).sum(-1)
     count = weights.sum(-1)
-    safe = np.where(count == 0, 1.0, count)
-    powers = range(len(coefficients))
-    moments = np.stack([(weights * centred**m).sum(-1) / safe for m in powers], axis=-1)
-    with np.errstate(divide="ignore"):
-        lse = np.where(count == 0, -np.inf, centre + np.log(np.where(count == 0, 1.0, total)))
-    return {"output": output, "lse": lse, "moments": moments, "mean": total / safe, "live": count > 0}
+    safe, divisor = np.where(count == 0, 1, count), np.where(total == 0, 1, total)
+    moments = np.stack([(weights * centred**m).sum(-1) / safe for m in range(len(coefficients))], axis=-1)
+    lse = np.where(count == 0, -np.inf, centre + np.log(divisor))
+    return {"output": output, "lse": lse, "moments": moments, "mean": total / safe, "condition": sizes / divisor}

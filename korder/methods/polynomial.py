@@ -278,20 +278,21 @@ class PolynomialKernel:
         return RowCollector(self.xp, self.problem, trailing, dtype)
 
     def running_state(self, features: Array, weighted: Array, carry: Array) -> Array:
-        """Return carry (rho, e') + running sums over tokens of features (rho, c) by weighted (c, e'): (rho, c, e')."""
-        terms = features[:, :, None] * weighted[None, :, :]
-        return carry[:, None, :] + self.xp.cumulative_sum(terms, axis=1)
+        """Return carry (rho, e') + running sums over tokens of features (rho, c) by weighted (c, e'): (c, rho, e')."""
+        terms = self.xp.permute_dims(features, (1, 0))[:, :, None] * weighted[:, None, :]
+        return carry[None, :, :] + self.xp.cumulative_sum(terms, axis=0)
 
     def reverse_running(self, terms: Array, carry: Array) -> tuple[Array, Array]:
-        """Return carry (rho, e') + the sums of terms (rho, c, e') from each token on, and the sum of all, no carry."""
+        """Return carry (rho, e') + the sums of terms (c, rho, e') from each token on, and the sum of all, no carry."""
         xp = self.xp
-        sums = xp.flip(xp.cumulative_sum(xp.flip(terms, axis=1), axis=1), axis=1)
-        return carry[:, None, :] + sums, sums[:, 0, :]
+        sums = xp.flip(xp.cumulative_sum(xp.flip(terms, axis=0), axis=0), axis=0)
+        return carry[None, :, :] + sums, sums[0, ...]
 
     def running_read(self, features: Array, states: Array) -> Array:
-        """Return the sum over rho of features (rho, c) times states (rho, c, e'): (c, e') float64."""
-        return self.xp.astype(self.xp.sum(features[:, :, None] * states, axis=0), self.xp.float64)
+        """Return the sum over rho of features (rho, c) times states (c, rho, e'): (c, e') float64."""
+        rows = self.xp.permute_dims(features, (1, 0))[:, None, :]
+        return self.xp.astype(self.xp.matmul(rows, states)[:, 0, :], self.xp.float64)
 
     def running_dot(self, states: Array, weighted: Array) -> Array:
-        """Return the inner products over channels of states (rho, c, e') and weighted (c, e'): (rho, c)."""
-        return self.xp.sum(states * weighted[None, :, :], axis=2)
+        """Return the inner products over channels of states (c, rho, e') and weighted (c, e'): (rho, c)."""
+        return self.xp.permute_dims(self.xp.matmul(states, weighted[:, :, None])[:, :, 0], (1, 0))

@@ -168,7 +168,7 @@ def _read_block(
 def running_products(
     kernel: PolynomialKernel, streams: list[Stream], carries: list[tuple[Array, Array]], start: int, stop: int
 ) -> tuple[Array, Array]:
-    """Return the product over modes of a run's running states (rho, c, e + 1), and of its absolute sums (rho, c)."""
+    """Return the product over modes of a run's running states (c, rho, e + 1), and of its absolute sums (rho, c)."""
     xp = kernel.xp
     states, sizes = [], []
     for part, (state, absolute) in zip(streams, carries, strict=True):

@@ -123,7 +123,7 @@ class _Block:
         for found, features, gradient in zip(self._query_gradients, self.features, weighted, strict=True):
             query = features[start:stop, :] * weights
             found.append(kernel.running_dot(product, gradient) * weights)
-            part = query[:, :, None] * gradient[None, :, :]
+            part = xp.permute_dims(query, (1, 0))[:, :, None] * gradient[:, None, :]
             product_gradient = part if product_gradient is None else product_gradient + part
         begun = []
         for t, (part, flow) in enumerate(zip(self.streams, flows, strict=True)):

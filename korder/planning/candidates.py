@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from korder.errors import UnsupportedProblemError
 from korder.planning.plan import Plan
 from korder.problem import Problem
 
@@ -23,8 +24,13 @@ def candidate_plans(problem: Problem) -> tuple[Plan, ...]:
         return (exact_plan(problem),)
     from korder.planning.polynomial import polynomial_degrees, polynomial_plan
 
-    degrees = (method.degree,) if method.degree is not None else polynomial_degrees(problem)
-    plans = tuple(polynomial_plan(problem, degree) for degree in degrees)
+    plans: tuple[Plan, ...] = ()
+    try:
+        degrees = (method.degree,) if method.degree is not None else polynomial_degrees(problem)
+        plans = tuple(polynomial_plan(problem, degree) for degree in degrees)
+    except UnsupportedProblemError as error:
+        if method.on_exceed != "exact" or error.code not in ("feature-budget", "memory-limit"):
+            raise
     if method.on_exceed == "exact":
         from korder.planning.exact import exact_plan
 

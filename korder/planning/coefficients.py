@@ -119,7 +119,7 @@ def smallest_degree(kind: str, half_width: float, error: float, *, highest: int 
 def shift_bound(low: float, high: float) -> float:
     """Return tanh(ln(high / low) / 4): the most a softmax shifts, relative to the value range.
 
-    `low` and `high` bound the ratios of the weights. Sharp: attained by two tuples. An unusable ratio (low <= 0) gives infinity.
+    `low` and `high` bound the ratios of the weights. Sharp: attained by two tuples; infinite where low <= 0.
     """
     if not low > 0.0:
         return inf

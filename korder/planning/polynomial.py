@@ -24,7 +24,7 @@ FEATURE_BUDGET = 2**21
 HIGHEST_DEGREE = 64
 CHUNKS = (1024, 512, 256, 128, 64, 32, 16)
 """Tokens whose features are built at a time, the largest that fits."""
-CAUSAL_CHUNK = 64
+CAUSAL_CHUNK = 32
 
 
 def feature_count(width: int, degree: int) -> int:
@@ -103,18 +103,28 @@ def _item(problem: Problem) -> int:
 
 
 def workspace(problem: Problem, degree: int, features: int, chunk: int, causal: bool) -> int:
-    """Return bytes beyond inputs and outputs: key states in float64, the table that is read, one block of features."""
+    """Return bytes beyond inputs and outputs: key states in float64, the table that is read, one block of features.
+
+    Counted for the NumPy kernel: what is alive at the widest point of its passes.
+    """
     item, channels = _item(problem), problem.value_width + 1
+    longest = max(problem.queries, *problem.lengths, 1)
+    tokens = min(chunk, longest)
     state = features * channels
-    kept = problem.order * (8 * state + 8 * features)
+    kept = problem.order * 8 * (state + features)
+    rows = tokens * channels * 8 * (degree + 7) + tokens * problem.score_width * (8 + item)
     if causal:
-        block = (problem.order + 1) * features * chunk * item
-        return kept + 2 * block + 3 * RUNNING_ELEMENTS * item * (problem.order + 2)
-    rows = chunk * (problem.score_width + channels) * (8 + item) + (degree + 2) * chunk * channels * 8
-    return kept + max(state * (16 + item), features * chunk * item + state * item) + rows
+        run = min(RUNNING_ELEMENTS, min(features, 256) * tokens * channels) * item
+        walking = (4 * problem.order + 7) * run // 4 + (problem.order + 3) * run // channels
+        blocks = (problem.order + 1) * features * tokens * item
+        return kept + max(walking, kept + state * item) + blocks + rows
+    reading = 2 * state * item + min(256, features) * tokens * item + rows
+    largest_degree = feature_count(problem.score_width - 1, degree) / features
+    table = int(8 * state * (2 + 3 * largest_degree))
+    return kept + features * tokens * item + max(reading, table)
 
 
-RUNNING_ELEMENTS = 2**16
+RUNNING_ELEMENTS = 2**17
 """Elements of a block of running states, features by tokens by channels, that stays in cache."""
 
 

@@ -100,6 +100,23 @@ class NumpyPolynomialKernel(PolynomialKernel):
             result += np.abs(left[:, first : first + SUM_BLOCK]) @ right[first : first + SUM_BLOCK]
         return result
 
+    def running_state(self, features: Array, weighted: Array, carry: Array) -> Array:
+        """Return carry + running sums over tokens, (c, rho, e'); a loop of adds, faster than NumPy's cumulative sum."""
+        states: Array = features.T[:, :, None] * weighted[:, None, :]
+        before = carry
+        for state in states:
+            state += before
+            before = state
+        return states
+
+    def reverse_running(self, terms: Array, carry: Array) -> tuple[Array, Array]:
+        """Return carry + the sums from each token on, in place of the terms, and the sum of all."""
+        for place in range(terms.shape[0] - 2, -1, -1):
+            terms[place] += terms[place + 1]
+        total = terms[0].copy()
+        terms += carry
+        return terms, total
+
     def collector(self, trailing: tuple[int, ...] = (), dtype: Any = None) -> Any:
         """Return a preallocated array to write rows into."""
         shape = (self.problem.batch, self.problem.heads, self.problem.queries, *trailing)
@@ -109,6 +126,8 @@ class NumpyPolynomialKernel(PolynomialKernel):
         """Return a scratch array of this thread, grown when needed."""
         kept = getattr(self._buffers, name, None)
         if kept is None or kept.size < shape[0] * shape[1] or kept.dtype != dtype:
+            kept = None
+            setattr(self._buffers, name, None)  # the old one goes before the new one comes
             kept = np.empty(shape[0] * shape[1], dtype)
             setattr(self._buffers, name, kept)
         scratch: Array = kept[: shape[0] * shape[1]].reshape(shape)

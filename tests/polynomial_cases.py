@@ -1,0 +1,70 @@
+"""Problems of the polynomial method for several test files: kernels at hand, and masks, biases and weights to cover."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import array_api_compat.numpy as xp
+import numpy as np
+
+from korder.methods.polynomial import PolynomialKernel
+from korder.planning.polynomial import polynomial_plan
+from korder.spec import Causal, Polynomial
+from korder.spi import KernelOutput, Plan
+from korder_numpy.polynomial import NumpyPolynomialKernel
+from tests.problems import Case, random_case
+
+KERNELS = {"generic": PolynomialKernel, "numpy": NumpyPolynomialKernel}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "key_masks": {"key_masks": True},
+    "biases": {"biases": ("key", "shared", "key")},
+    "masks_and_shared_bias": {"key_masks": True, "biases": ("shared", None, "shared")},
+    "one_group": {"heads": 3, "groups": 1},
+    "cp": {"weight": "cp"},
+    "full_weight": {"weight": "full", "key_widths": (2, 3, 2)},
+}
+MASKS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal": {"mask": Causal()},
+    "causal_offsets": {"mask": Causal(), "query_offset": 4, "key_offsets": (6, 2, 5)},
+    "causal_late": {"mask": Causal(), "query_offset": 0, "key_offsets": (2, 3, 0)},
+}
+
+
+def polynomial_case(order: int, variant: str, mask: str, *, degree: int, seed: int = 0, **spec: Any) -> Case:
+    """Return a random problem of the polynomial method."""
+    options = {**VARIANTS[variant], **MASKS[mask]}
+    for name in ("biases", "key_offsets", "key_widths"):
+        if name in options:
+            options[name] = options[name][:order]
+    if options.get("key_masks"):
+        options["key_masks"] = (True,) * order
+    options.setdefault("scale", 0.15)
+    return random_case(order, seed=seed, method=Polynomial(degree=degree), **{**options, **spec})
+
+
+def run(
+    case: Case, *, kernel: str = "numpy", namespace: Any = xp, chunk: int | None = None
+) -> tuple[Plan, KernelOutput]:
+    """Return the plan and what its kernel makes of a case, saved; `chunk` tokens at a time."""
+    plan = plan_of(case, chunk)
+    return plan, KERNELS[kernel](namespace, plan).forward(case.operands(), save=True)
+
+
+def plan_of(case: Case, chunk: int | None = None) -> Plan:
+    """Return the plan of a case at its method's degree."""
+    from dataclasses import replace
+
+    method = case.spec.polynomial
+    assert method is not None
+    assert method.degree is not None
+    plan = polynomial_plan(case.problem(), method.degree)
+    assert plan.polynomial is not None
+    return plan if chunk is None else replace(plan, polynomial=replace(plan.polynomial, chunk=chunk))
+
+
+def centre_of(output: KernelOutput) -> np.ndarray:
+    """Return the row centres that a kernel used."""
+    assert output.residuals is not None
+    return np.asarray(output.residuals["centre"])

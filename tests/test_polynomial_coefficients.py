@@ -1,0 +1,174 @@
+"""Coefficients: the published degree table, rigorous relative errors, moment constants, and the plans made of them."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from math import comb, exp
+
+import numpy as np
+import pytest
+
+from korder.errors import UnsupportedProblemError
+from korder.planning.coefficients import (
+    critical_points,
+    minimax_coefficients,
+    moment_constants,
+    ratio_range,
+    relative_error,
+    shift_bound,
+    smallest_degree,
+    taylor_coefficients,
+    taylor_remainder,
+)
+from korder.planning.polynomial import exact_flops, feature_count, polynomial_degrees, polynomial_plan
+from korder.problem import ScoreStatistics, Shapes, make_problem
+from korder.spec import AttentionSpec, Polynomial
+
+ERRORS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+TAYLOR = {
+    0.25: [1, 2, 3, 4, 5, 5],
+    0.5: [2, 3, 4, 5, 6, 7],
+    1.0: [3, 5, 6, 7, 8, 9],
+    2.0: [7, 8, 10, 11, 12, 14],
+    4.0: [14, 15, 17, 19, 20, 21],
+    8.0: [28, 30, 31, 33, 34, 36],
+}
+MINIMAX = {
+    0.25: [1, 2, 2, 3, 4, 4],
+    0.5: [1, 2, 3, 4, 5, 5],
+    1.0: [2, 3, 4, 5, 6, 7],
+    2.0: [3, 5, 6, 7, 8, 9],
+    4.0: [6, 7, 9, 10, 12, 13],
+    8.0: [10, 12, 14, 16, 17, 19],
+}
+
+
+@pytest.mark.parametrize("half_width", TAYLOR)
+def test_degree_table(half_width: float) -> None:
+    assert [smallest_degree("taylor", half_width, error) for error in ERRORS] == TAYLOR[half_width]
+    assert [smallest_degree("minimax", half_width, error) for error in ERRORS] == MINIMAX[half_width]
+
+
+POLYNOMIALS = [taylor_coefficients(g) for g in (0, 1, 2, 4, 7)]
+POLYNOMIALS += [minimax_coefficients(g, b) for g, b in ((0, 1.0), (3, 1.0), (4, 3.0), (7, 4.0), (9, 8.0))]
+
+
+@pytest.mark.parametrize("coefficients", POLYNOMIALS)
+@pytest.mark.parametrize(("low", "high"), [(-1.3, 0.4), (-0.2, 2.9), (-5.0, 5.0), (0.5, 0.6)])
+def test_ratio_range_holds_every_ratio_and_is_attained(
+    coefficients: tuple[float, ...], low: float, high: float
+) -> None:
+    x = np.linspace(low, high, 20001)
+    ratios = np.polynomial.polynomial.polyval(x, coefficients) * np.exp(-x)
+    least, most = ratio_range(coefficients, low, high)
+    assert least <= ratios.min()
+    assert most >= ratios.max()
+    np.testing.assert_allclose([least, most], [ratios.min(), ratios.max()], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("coefficients", POLYNOMIALS)
+@pytest.mark.parametrize("half_width", [0.3, 1.7, 6.0])
+def test_moment_constants_bound_the_error_everywhere(coefficients: tuple[float, ...], half_width: float) -> None:
+    x = np.linspace(-half_width, half_width, 30011)
+    errors = np.abs(np.polynomial.polynomial.polyval(x, coefficients) - np.exp(x))
+    constants = moment_constants(coefficients, half_width)
+    for floor, slope, power in constants:
+        assert np.all(errors <= floor + slope * x**power + 1e-15)
+    assert min(floor for floor, _, _ in constants) <= errors.max() * 1.02 + 1e-15
+
+
+@pytest.mark.parametrize("degree", [0, 2, 4, 8])
+@pytest.mark.parametrize("half_width", [0.1, 1.0, 7.0])
+def test_taylor_remainder_is_the_least_constant(degree: int, half_width: float) -> None:
+    x = np.linspace(-half_width, half_width, 4001, dtype=np.longdouble)
+    x = x[np.abs(x) > 0.05 * half_width]
+    rest = sum(x**m / np.longdouble(float(np.prod(np.arange(1.0, m + 1)))) for m in range(degree + 1, degree + 60))
+    ratios = np.abs(rest) / x**degree
+    assert taylor_remainder(degree, half_width) >= float(ratios.max()) * (1 - 1e-9)
+    assert taylor_remainder(degree, half_width) <= float(ratios.max()) * (1 + 1e-6)
+
+
+def test_minimax_beats_taylor_and_levels_its_error() -> None:
+    coefficients = minimax_coefficients(5, 2.0)
+    assert relative_error(coefficients, 2.0) < 0.1 * relative_error(taylor_coefficients(5), 2.0)
+    extremes = [-2.0, *(x for x in critical_points(coefficients) if abs(x) < 2.0), 2.0]
+    errors = [np.polynomial.polynomial.polyval(x, coefficients) * exp(-x) - 1.0 for x in extremes]
+    assert len(errors) == 7
+    assert all(a * b < 0 for a, b in pairwise(errors))
+    np.testing.assert_allclose(np.abs(errors), abs(errors[0]), rtol=2e-3)
+
+
+def test_shift_bound_is_attained_by_two_atoms() -> None:
+    low, high = 0.7, 1.9
+    share = np.sqrt(low) / (np.sqrt(low) + np.sqrt(high))
+    shifted = share * high / (share * high + (1 - share) * low)
+    assert shift_bound(low, high) == pytest.approx(shifted - share, rel=1e-12)
+    assert shift_bound(0.0, 1.0) == float("inf")
+
+
+def problem(method: Polynomial, *, statistics: ScoreStatistics | None = None, n: int = 4096, **spec: object):  # type: ignore[no-untyped-def]
+    shapes = Shapes((1, 2, n, 16), ((1, 1, n + 1, 16), (1, 1, n + 2, 16)), ((1, 1, n + 1, 8), (1, 1, n + 2, 8)))
+    return make_problem(
+        AttentionSpec(order=2, method=method, **spec),
+        shapes,
+        "float32",
+        statistics=statistics,  # type: ignore[arg-type]
+    )
+
+
+def test_plan_counts_features_flops_and_state() -> None:
+    given = problem(Polynomial(degree=3))
+    plan = polynomial_plan(given, 3)
+    features = comb(19, 3)
+    assert plan.polynomial is not None
+    assert plan.polynomial.features == features == feature_count(16, 3)
+    assert plan.polynomial.state == 2 * features * 9
+    tokens = 2 * 4096 + 4097 + 4098
+    assert plan.cost.flops == 2 * features * 9 * tokens + features * tokens
+    assert exact_flops(given) == 2 * 2 * 4096 * 4097 * 4098 * 24
+
+
+def test_memory_limit_shrinks_the_chunk_and_then_refuses() -> None:
+    generous = polynomial_plan(problem(Polynomial(degree=4)), 4)
+    tight = polynomial_plan(problem(Polynomial(degree=4), policy={"memory_limit": "5MiB"}), 4)
+    assert generous.polynomial is not None
+    assert tight.polynomial is not None
+    assert tight.polynomial.chunk < generous.polynomial.chunk
+    assert tight.cost.peak_memory <= 5 * 2**20 < generous.cost.peak_memory
+    with pytest.raises(UnsupportedProblemError, match="memory") as caught:
+        polynomial_plan(problem(Polynomial(degree=4), policy={"memory_limit": "100KiB"}), 4)
+    assert caught.value.code == "memory-limit"
+
+
+def test_degrees_for_a_tolerance_start_at_the_promised_one_and_stop_at_the_exact_cost() -> None:
+    narrow = ScoreStatistics(-2.0, 2.0, 2.0, 0.3)
+    degrees = polynomial_degrees(problem(Polynomial(tolerance=1e-3), statistics=narrow))
+    assert degrees[0] == 4
+    assert degrees == tuple(range(4, degrees[-1] + 1, 2))
+    given = problem(Polynomial(tolerance=1e-3), statistics=narrow)
+    assert polynomial_plan(given, degrees[-1]).cost.flops < exact_flops(given)
+    wider = problem(Polynomial(tolerance=1e-2), statistics=ScoreStatistics(-3.0, 3.0, 3.0, 0.6), n=10**5)
+    assert polynomial_degrees(wider)[0] == 6
+    hopeless = problem(Polynomial(tolerance=1e-3), statistics=ScoreStatistics(-9.0, 9.0, 9.0, 1.0))
+    with pytest.raises(UnsupportedProblemError) as caught:
+        polynomial_degrees(hopeless)
+    assert caught.value.code == "feature-budget"
+    small = polynomial_degrees(problem(Polynomial(tolerance=1e-3), statistics=narrow, n=8))
+    assert len(small) == 1  # anything above costs more than the exact answer
+
+
+def test_minimax_takes_the_interval_of_the_method_or_the_statistics() -> None:
+    given = polynomial_plan(problem(Polynomial(degree=3, coefficients="minimax", interval=1.5)), 3)
+    measured = polynomial_plan(
+        problem(Polynomial(degree=3, coefficients="minimax"), statistics=ScoreStatistics(-3, 3, 2.5, 0.2)), 3
+    )
+    assert given.polynomial is not None
+    assert measured.polynomial is not None
+    assert (given.polynomial.interval, measured.polynomial.interval) == (1.5, 2.5)
+    assert given.polynomial.values == minimax_coefficients(3, 1.5)
+    with pytest.raises(UnsupportedProblemError, match="interval") as caught:
+        polynomial_plan(problem(Polynomial(degree=3, coefficients="minimax")), 3)
+    assert caught.value.code == "interval-missing"
+    tolerance = Polynomial(tolerance=1e-3, coefficients="minimax")
+    degrees = polynomial_degrees(problem(tolerance, statistics=ScoreStatistics(-1, 1, 1.0, 0.3)))
+    assert degrees[0] == smallest_degree("minimax", 1.0, 2e-3)
