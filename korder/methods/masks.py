@@ -60,6 +60,8 @@ class MaskGeometry:
         """Return the ranges of keys that some query of `rows` may see within `ranges`, None if no tuple is live."""
         if rows[0] >= rows[1] or any(start >= stop for start, stop in ranges):
             return None
+        if isinstance(self.mask, Full):
+            return tuple(ranges)
         low, high = rows[0] + self.query_offset, rows[1] - 1 + self.query_offset
         spans = [
             (start + offset, stop - 1 + offset) for (start, stop), offset in zip(ranges, self._offsets, strict=True)
@@ -73,6 +75,8 @@ class MaskGeometry:
 
     def is_full(self, rows: Range, ranges: Sequence[Range]) -> bool:
         """Whether every query of `rows` may see every tuple of `ranges`."""
+        if isinstance(self.mask, Full):
+            return True
         low, high = rows[0] + self.query_offset, rows[1] - 1 + self.query_offset
         spans = [
             (start + offset, stop - 1 + offset) for (start, stop), offset in zip(ranges, self._offsets, strict=True)
@@ -136,8 +140,6 @@ def count_tiles(geometry: MaskGeometry, tiling: Tiling) -> int:
 
 def _live_spans(mask: Mask, low: int, high: int, spans: list[Range]) -> list[Range] | None:
     """Positions (inclusive) that some query in [low, high] may see within `spans`."""
-    if isinstance(mask, Full):
-        return spans
     if isinstance(mask, Ordered):
         return _increasing_spans(high, spans)
     live = [(first, min(last, high)) for first, last in spans]
@@ -164,8 +166,6 @@ def _increasing_spans(high: int, spans: list[Range]) -> list[Range] | None:
 
 
 def _all_live(mask: Mask, low: int, high: int, spans: list[Range]) -> bool:
-    if isinstance(mask, Full):
-        return True
     if isinstance(mask, Ordered):
         apart = all(spans[t][1] < spans[t + 1][0] for t in range(len(spans) - 1))
         return apart and spans[-1][1] <= low

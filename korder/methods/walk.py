@@ -79,7 +79,7 @@ class TileWalk:
     arithmetic: TileArithmetic
     tame: bool
     """Whether a weight of zero makes a term zero; otherwise rows are walked one by one and unseen keys zeroed."""
-    _inner: dict[tuple[HeadBlock, Range, Range], InnerSide] = field(default_factory=dict)
+    _inner: dict[tuple[HeadBlock, Range | None, Range], InnerSide] = field(default_factory=dict)
 
     def query(self, heads: HeadBlock, rows: Range) -> Array:
         """Return the queries of a block of rows, (b, g, c, I, d); times a full weight (b, g, c, I, d1, .., dk)."""
@@ -121,21 +121,22 @@ class TileWalk:
 
     def inner_side(self, heads: HeadBlock, rows: Range, keys: Range) -> InnerSide | None:
         """Return the contracted side of a tile; None if every key of it is closed."""
-        found = self._inner.get((heads, rows, keys))
-        if found is not None:
-            return found
-        part = self._mode(self.geometry.contracted, heads, rows, keys)
-        if part is None:
-            return None
-        side = InnerSide(self.arithmetic.contracted(part.keys, part.values, part.biases), part.seen)
-        # At most one pass over the keys is kept, for the other outer blocks of the same rows.
-        if (
-            sum(stop - start for _, _, (start, stop) in self._inner) + keys[1] - keys[0]
-            > self.layout.keys[self.geometry.contracted].shape[2]
-        ):
-            self._inner.clear()
-        self._inner[heads, rows, keys] = side
-        return side
+        contracted = self.geometry.contracted
+        bias = self.layout.biases[contracted]
+        bound = not self.tame or (bias is not None and bias.shape[3] > 1)
+        name = (heads, rows if bound else None, keys)
+        if name not in self._inner:
+            # At most one pass over the keys is kept, for the other outer blocks and rows.
+            if (
+                sum(stop - start for _, _, (start, stop) in (*self._inner, name))
+                > self.layout.keys[contracted].shape[2]
+            ):
+                self._inner.clear()
+            part = self._mode(contracted, heads, rows, keys)
+            if part is None:
+                return None
+            self._inner[name] = InnerSide(self.arithmetic.contracted(part.keys, part.values, part.biases), part.seen)
+        return self._inner[name]
 
     def unfold(self, side: OuterSide, gradient: Array) -> list[Array]:
         """Return the gradients of the query block and of each outer key, given that of the effective queries."""

@@ -16,25 +16,30 @@ def forward_workspace(problem: Problem, tiling: Tiling, *, in_place: bool) -> in
     Args:
         problem: The problem.
         tiling: Its tiling.
-        in_place: Whether the weights overwrite the scores (numpy); else three score-sized arrays live at once.
+        in_place: Whether the weights overwrite the scores (numpy); else several arrays of their size live at once.
     """
     tile = _TileSizes(problem, tiling)
-    scores = 1 if in_place else 4
-    elements = scores * tile.scores + tile.masks + tile.outer_side + tile.inner_side
-    elements += 2 * tile.rows * (problem.value_width + 1) + 3 * tile.queries * (problem.value_width + 1)
+    elements = tile.scores if in_place else 4 * tile.scores + tile.sums + tile.folding
+    elements += tile.query + tile.inner_side + tile.masks + tile.gates + tile.sums + 3 * tile.outputs
+    if _has_more_tiles(problem, tiling):  # the next fold finds the buffers of the tile before
+        elements += tile.folding
     narrow_output = _rows(problem) * problem.value_width if _narrow(problem) else 0
     return _item(problem) * (elements + laid_out(problem) + narrow_output)
 
 
 def backward_workspace(problem: Problem, tiling: Tiling, *, in_place: bool) -> int:
-    """Return the workspace of a backward, all gradients wanted."""
+    """Return the workspace of a backward, all gradients wanted; arguments as `forward_workspace`."""
     tile = _TileSizes(problem, tiling)
-    scores = 2 if in_place else 6
-    elements = scores * tile.scores + tile.masks + 3 * tile.outer_side + 2 * tile.inner_side
-    elements += 4 * tile.rows * (problem.value_width + 1) + 2 * laid_out(problem)
-    if _narrow(problem):  # sums of the gradients before they are narrowed
-        elements += _rows(problem) * (problem.query_width + problem.value_width) + _key_elements(problem)
-    return _item(problem) * (elements + _rows(problem))
+    elements = 2 * tile.scores if in_place else 6 * tile.scores
+    elements += tile.query + tile.masks + tile.gates + 2 * tile.sums + 3 * tile.outputs
+    elements += 2 * tile.folding + 2 * tile.inner_side + laid_out(problem) + _rows(problem)
+    if _narrow(problem):  # sums of the gradients before they are narrowed, and the widened gradient of the output
+        elements += _rows(problem) * (problem.query_width + 2 * problem.value_width) + _key_elements(problem)
+    return _item(problem) * elements
+
+
+def _has_more_tiles(problem: Problem, tiling: Tiling) -> bool:
+    return bool(tiling.looped) or tiling.heads < problem.batch * problem.heads or tiling.queries < problem.queries
 
 
 def laid_out(problem: Problem) -> int:
@@ -74,20 +79,22 @@ class _TileSizes:
     def __init__(self, problem: Problem, tiling: Tiling) -> None:
         share = max(problem.heads // problem.groups, 1)
         key_heads = max(tiling.heads // share, 1)
-        outer = prod(tiling.folded)
-        self.queries = tiling.heads * tiling.queries
-        self.rows = self.queries * outer
-        self.scores = self.rows * tiling.keys
-        width = contracted_width(problem, tiling)
-        full = problem.queries * prod(problem.key_widths) if problem.weight == "full" else 0
-        folding = sum(step.size for step in fold_steps(problem, tiling)) * tiling.heads
-        self.outer_side = folding + self.rows * (width + 2) + min(full, self.queries * prod(problem.key_widths))
-        self.outer_side += key_heads * outer * (problem.value_width + 1) * (2 if problem.order > 2 else 1)
-        self.inner_side = key_heads * tiling.keys * (width + problem.value_width + 3)
-        cut = problem.spec.mask.kind != "full"
-        self.masks = (tiling.queries + outer) * tiling.keys if cut else 0
-        if problem.biases and problem.biases[tiling.contracted] is not None:
-            self.inner_side += 2 * tiling.heads * tiling.queries * tiling.keys
+        outer, queries = prod(tiling.folded), tiling.heads * tiling.queries
+        rows, width, value_width = queries * outer, contracted_width(problem, tiling), problem.value_width
+        self.scores = rows * tiling.keys
+        self.query = rows * (width + 2)
+        self.sums = rows * (value_width + 1)
+        self.outputs = queries * (value_width + 1)
+        self.folding = sum(step.size for step in fold_steps(problem, tiling)) * tiling.heads
+        if problem.weight == "full":
+            self.folding += queries * prod(problem.key_widths)
+        self.gates = key_heads * outer * (value_width + 1) * (2 if problem.order > 2 else 1)
+        self.inner_side = key_heads * max(problem.lengths[tiling.contracted], 1) * (width + value_width + 3)
+        self.masks = 2 * tiling.queries * (tiling.keys + outer) if problem.spec.mask.kind != "full" else 0
+        if problem.spec.mask.kind == "ordered":
+            self.masks += outer * tiling.keys
+        if problem.biases and problem.biases[tiling.contracted] == "full":
+            self.inner_side += 2 * queries * tiling.keys
 
 
 def contracted_width(problem: Problem, tiling: Tiling) -> int:

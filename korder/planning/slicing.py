@@ -19,7 +19,7 @@ TILE_SCORES = 2**18
 """Scores in a tile: enough rows for a matrix product to pay, few enough to stay in a cache of a megabyte."""
 MAX_KEYS = 1024
 """Contracted keys in a tile; more of them leave too few rows."""
-FOLDED_QUERIES = 32
+FOLDED_QUERIES = 64
 """Queries in a tile, before the outer keys are spent."""
 MASKED_QUERIES = 16
 """Queries in a tile under a mask: a tile reaches as far as its last query sees."""
@@ -53,29 +53,41 @@ def choose_tiling(problem: Problem) -> Tiling:
 
 def contracted_mode(problem: Problem) -> int:
     """Return the mode with the most keys that one query may see, the last of equals."""
-    mask = problem.spec.mask
-    lengths = list(problem.lengths)
-    if isinstance(mask, Window):
-        lengths = [min(m, size) for m, size in zip(lengths, mask.sizes, strict=True)]
+    lengths = _seen_lengths(problem, 1)
     return max(range(problem.order), key=lambda t: (lengths[t], t))
+
+
+def _seen_lengths(problem: Problem, queries: int) -> list[int]:
+    """Keys of each mode that a block of queries may see."""
+    mask = problem.spec.mask
+    if not isinstance(mask, Window):
+        return list(problem.lengths)
+    return [min(m, size + queries - 1) for m, size in zip(problem.lengths, mask.sizes, strict=True)]
 
 
 def _preferred(problem: Problem, contracted: int) -> Tiling:
     """The tiling that is fastest without a memory limit."""
-    lengths = [max(problem.lengths[t], 1) for t in outer_modes(problem.order, contracted)]
-    last, queries = max(problem.lengths[contracted], 1), max(problem.queries, 1)
     masked = not isinstance(problem.spec.mask, Full)
-    head = queries * prod(lengths) * last
-    if head <= (STORED_MASKED if masked else TILE_SCORES):
-        count = max(problem.batch * problem.heads, 1)
-        heads = _whole_heads(problem, min(TILE_SCORES // head, count))
-        return Tiling((), contracted, queries, tuple(lengths), last, heads)
-    keys = _even(last, MAX_KEYS)
-    rows = max(TILE_SCORES // keys, 1)
+    queries = max(problem.queries, 1)
     block = min(queries, MASKED_QUERIES if masked else FOLDED_QUERIES)
-    folded = _folded_blocks(lengths, rows // block)
-    block = _even(queries, max(rows // prod(folded), 1)) if not masked else block
+    if queries * max(problem.tuples, 1) <= (STORED_MASKED if masked else TILE_SCORES):
+        return _stored(problem, contracted)
+    seen = [max(m, 1) for m in _seen_lengths(problem, block)]
+    keys = _even(seen[contracted], MAX_KEYS)
+    rows = max(TILE_SCORES // keys, 1)
+    folded = _folded_blocks([seen[t] for t in outer_modes(problem.order, contracted)], rows // block)
+    if not masked:
+        block = _even(queries, max(rows // prod(folded), 1))
     return Tiling((), contracted, block, folded, keys, 1)
+
+
+def _stored(problem: Problem, contracted: int) -> Tiling:
+    """The tiling with one tile for every head, and many heads in a tile."""
+    lengths = [max(m, 1) for m in problem.lengths]
+    queries = max(problem.queries, 1)
+    count = min(max(TILE_SCORES // (queries * prod(lengths)), 1), max(problem.batch * problem.heads, 1))
+    folded = tuple(lengths[t] for t in outer_modes(problem.order, contracted))
+    return Tiling((), contracted, queries, folded, lengths[contracted], _whole_heads(problem, count))
 
 
 def _folded_blocks(lengths: list[int], count: int) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ row sums as well. And the largest score of a tile is looked for only when a sum 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -76,11 +77,11 @@ class NumpyTileArithmetic(TileArithmetic):
 
     def buffer(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
         """Return an uninitialised array of `shape` in the memory kept under `name`."""
-        count = int(np.prod(shape))
-        flat = self._buffers.get(name)
-        if flat is None or flat.size < count:
-            self._buffers[name] = flat = np.empty(count, dtype)
-        return flat[:count].reshape(shape)
+        count = prod(shape)
+        if name not in self._buffers or self._buffers[name].size < count:
+            self._buffers.pop(name, None)  # let go of the old memory before asking for more
+            self._buffers[name] = np.empty(count, dtype)
+        return self._buffers[name][:count].reshape(shape)
 
     def folded(self, query: Array, gate: Array | None, additive: Array | None) -> Folded:
         """Copy the effective queries next to columns for the shift and the keys' biases."""
