@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 DONE, FAILED, WRONG_INPUT, NOTHING_RUNS = 0, 1, 2, 3
-_ACCURACY_CODES = frozenset(
-    {"feature-budget"}
-)  # refused before it ran, because no affordable degree is accurate enough
 _QUIET_SECONDS = 1.0
 _WIDE = 220
 
@@ -46,7 +43,7 @@ FormatOption = Annotated[Format, typer.Option("--format", help="Print text, or J
 
 def exit_status(error: KorderError) -> int:
     """Return the exit status that an error means."""
-    if isinstance(error, AccuracyError | ConformanceFailure | KernelError) or error.code in _ACCURACY_CODES:
+    if isinstance(error, AccuracyError | ConformanceFailure | KernelError):
         return FAILED
     if isinstance(error, UnsupportedProblemError | BackendUnavailableError):
         return NOTHING_RUNS

@@ -207,7 +207,7 @@ def _exact_line(report: Report, need: ExactNeed) -> str:
     cost = need.plan.cost
     text = (
         f"exact would need: {count(cost.flops)} flop and {count(cost.exponentials)} exponentials, at least "
-        f"{need.seconds:.3g} s at the {need.flop_per_second / 1e9:.3g} GF/s of a matrix product here, in "
+        f"{_duration(need.seconds)} at the {need.flop_per_second / 1e9:.3g} GF/s of a matrix product here, in "
         f"{size(cost.peak_memory)}"
     )
     if report.measured is None or not report.measured.positions:
@@ -215,7 +215,14 @@ def _exact_line(report: Report, need: ExactNeed) -> str:
     problem = report.plan.problem
     per_row = report.measured.seconds / len(report.measured.positions)
     whole = per_row * problem.batch * problem.heads * problem.queries
-    return f"{text}; {whole:.3g} s at the rate of the rows measured"
+    return f"{text}; {_duration(whole)} at the rate of the rows measured"
+
+
+def _duration(seconds: float) -> str:
+    for unit, name in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.3g} s"
 
 
 def _short(value: float | str | None) -> str:
