@@ -8,7 +8,8 @@ from math import comb, exp
 import numpy as np
 import pytest
 
-from korder.errors import UnsupportedProblemError
+from korder.errors import AccuracyError, UnsupportedProblemError
+from korder.planning.candidates import candidate_plans
 from korder.planning.coefficients import (
     critical_points,
     minimax_coefficients,
@@ -140,21 +141,27 @@ def test_memory_limit_shrinks_the_chunk_and_then_refuses() -> None:
     assert caught.value.code == "memory-limit"
 
 
-def test_degrees_for_a_tolerance_start_at_the_promised_one_and_stop_at_the_exact_cost() -> None:
+def test_degrees_for_a_tolerance_start_where_they_may_meet_it_and_stop_at_the_exact_cost() -> None:
     narrow = ScoreStatistics(-2.0, 2.0, 2.0, 0.3)
-    degrees = polynomial_degrees(problem(Polynomial(tolerance=1e-3), statistics=narrow))
-    assert degrees[0] == 4
-    assert degrees == tuple(range(4, degrees[-1] + 1, 2))
     given = problem(Polynomial(tolerance=1e-3), statistics=narrow)
+    degrees = polynomial_degrees(given)
+    assert degrees == (2, 4, 6)
     assert polynomial_plan(given, degrees[-1]).cost.flops < exact_flops(given)
-    wider = problem(Polynomial(tolerance=1e-2), statistics=ScoreStatistics(-3.0, 3.0, 3.0, 0.6), n=10**5)
-    assert polynomial_degrees(wider)[0] == 6
-    hopeless = problem(Polynomial(tolerance=1e-3), statistics=ScoreStatistics(-9.0, 9.0, 9.0, 1.0))
-    with pytest.raises(UnsupportedProblemError) as caught:
-        polynomial_degrees(hopeless)
-    assert caught.value.code == "feature-budget"
+    wider = problem(Polynomial(tolerance=1e-3), statistics=ScoreStatistics(-3.0, 3.0, 3.0, 0.8), n=10**5)
+    assert polynomial_degrees(wider)[0] == 4
     small = polynomial_degrees(problem(Polynomial(tolerance=1e-3), statistics=narrow, n=8))
-    assert len(small) == 1  # anything above costs more than the exact answer
+    assert small == (2, 4, 6)  # all cost more than the exact answer, and less than a second
+
+
+def test_a_hopeless_tolerance_is_refused_or_met_otherwise() -> None:
+    hopeless = ScoreStatistics(-29.0, 29.0, 29.0, 9.0)
+    with pytest.raises(AccuracyError, match="no degree") as caught:
+        candidate_plans(problem(Polynomial(tolerance=1e-3), statistics=hopeless))
+    assert "29" in (caught.value.got or "")
+    exact = candidate_plans(problem(Polynomial(tolerance=1e-3, on_exceed="exact"), statistics=hopeless))
+    assert [plan.method for plan in exact] == ["exact"]
+    warned = candidate_plans(problem(Polynomial(tolerance=1e-3, on_exceed="warn"), statistics=hopeless))
+    assert [plan.method for plan in warned] == ["polynomial"]
 
 
 def test_minimax_takes_the_interval_of_the_method_or_the_statistics() -> None:

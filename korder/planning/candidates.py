@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from korder.errors import UnsupportedProblemError
+from korder.errors import AccuracyError
 from korder.planning.plan import Plan
 from korder.problem import Problem
+from korder.spec import Polynomial
 
 
 @lru_cache(maxsize=256)
@@ -15,6 +16,7 @@ def candidate_plans(problem: Problem) -> tuple[Plan, ...]:
 
     Raises:
         UnsupportedProblemError: No block size meets the memory limit, or the method cannot take the problem.
+        AccuracyError: No degree can meet the tolerance at a cost that is worth it.
     """
     # Imported here so that a run of one method does not pay for loading the other's planner.
     method = problem.spec.polynomial
@@ -24,15 +26,26 @@ def candidate_plans(problem: Problem) -> tuple[Plan, ...]:
         return (exact_plan(problem),)
     from korder.planning.polynomial import polynomial_degrees, polynomial_plan
 
-    plans: tuple[Plan, ...] = ()
-    try:
-        degrees = (method.degree,) if method.degree is not None else polynomial_degrees(problem)
-        plans = tuple(polynomial_plan(problem, degree) for degree in degrees)
-    except UnsupportedProblemError as error:
-        if method.on_exceed != "exact" or error.code not in ("feature-budget", "memory-limit"):
-            raise
+    degrees = (method.degree,) if method.degree is not None else polynomial_degrees(problem)
+    plans = tuple(polynomial_plan(problem, degree) for degree in degrees)
     if method.on_exceed == "exact":
         from korder.planning.exact import exact_plan
 
-        plans += (exact_plan(problem),)
+        return (*plans, exact_plan(problem))
+    if not plans:
+        raise _no_degree(problem, method)
     return plans
+
+
+def _no_degree(problem: Problem, method: Polynomial) -> AccuracyError:
+    statistics = problem.statistics
+    reach = (
+        f"scores reach {statistics.half_width:g} from their row's centre, rms {statistics.rms:g}" if statistics else ""
+    )
+    return AccuracyError(
+        f"no degree of the polynomial method that is worth its cost can meet tolerance {method.tolerance:g}.",
+        code="no-degree",
+        expected="scores closer to their row's mean, or a larger tolerance",
+        got=reach or "no statistics",
+        hint='use method Exact(), on_exceed="exact", a smaller scale, or fewer columns: features grow as C(d + g, g).',
+    )

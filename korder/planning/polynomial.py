@@ -6,6 +6,7 @@ Pure functions of a Problem. Statistics choose the degree; certificates, made af
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import takewhile
 from math import comb, inf, prod
 
 from korder.errors import UnsupportedProblemError
@@ -22,6 +23,10 @@ from korder.problem import ITEM_BYTES, Problem
 FEATURE_BUDGET = 2**21
 """Most features of a degree that is chosen for a tolerance."""
 HIGHEST_DEGREE = 64
+QUICK_FLOPS = 2**30
+"""Cost below which a degree is tried even where the exact method costs less."""
+MEAN_ALLOWANCE = 8.0
+"""How far the mean of the polynomial over a row may stand above 1 in the estimate that skips hopeless degrees."""
 CHUNKS = (1024, 512, 256, 128, 64, 32, 16)
 """Tokens whose features are built at a time, the largest that fits."""
 CAUSAL_CHUNK = 32
@@ -181,62 +186,54 @@ def exact_flops(problem: Problem) -> int:
     return 2 * rows * prod(problem.lengths) * (problem.score_width + problem.value_width)
 
 
-def predicted_error(problem: Problem, coefficients: Coefficients, kind: str) -> float:
-    """Return the error that the certificate will probably show, relative to the value range.
+def lowest_error(problem: Problem, coefficients: Coefficients, kind: str) -> float:
+    """Return the least error that the certificate can show, relative to the value range; 0 without statistics.
 
-    The sup certificate on the measured half-width, or for Taylor of even degree the moment certificate with the
-    moments of a normal distribution of the measured rms.
+    The sup bound on the measured half-width, or for Taylor of even degree the moment bound with the least moment that
+    the measured rms allows, on the least range that it allows. A lower bound up to the mean of the polynomial, for
+    which a factor stands.
     """
     statistics = problem.statistics
     if statistics is None:
-        return inf
+        return 0.0
     width = min(statistics.half_width, 300.0)
     sup = shift_bound(*ratio_range(coefficients, -width, width))
     degree = len(coefficients) - 1
-    if kind != "taylor" or degree % 2 or statistics.rms == 0.0:
+    if kind != "taylor" or degree % 2:
         return sup
-    moment = float(prod(range(degree - 1, 0, -2))) * statistics.rms**degree
-    return min(sup, taylor_remainder(degree, width) * moment)
+    rms = min(statistics.rms, width)
+    return min(sup, taylor_remainder(degree, rms) * rms**degree / MEAN_ALLOWANCE)
 
 
 def polynomial_degrees(problem: Problem) -> tuple[int, ...]:
-    """Return the degrees worth trying for the method's tolerance, lowest first.
+    """Return the degrees worth trying for the method's tolerance, lowest first, even ones only for Taylor.
 
-    From the lowest that the statistics promise on, even ones only for Taylor; the first is kept whatever it costs
-    within the feature budget, later ones while they cost less than the exact method and fit the memory limit.
+    From the lowest that may meet it by the statistics, while features stay within the budget and the cost within that
+    of the exact method, or within a second's work where exact is cheaper still. None if there is no such degree; under
+    `on_exceed="warn"` then the highest that is affordable.
 
     Raises:
-        UnsupportedProblemError: Even the first is over the feature budget or the memory limit.
+        UnsupportedProblemError: Not even the lowest degree fits the memory limit.
     """
     kind, interval = _coefficient_kind(problem)
     method = problem.spec.polynomial
     tolerance = method.tolerance if method is not None and method.tolerance is not None else inf
     step = 2 if kind == "taylor" else 1
-    candidates = range(step, HIGHEST_DEGREE + 1, step)
-    promised = [
-        g for g in candidates if predicted_error(problem, coefficients_of(kind, g, interval), kind) <= tolerance
-    ]
-    first = promised[0] if promised else candidates[-1]
-    if problem.statistics is None:
-        first = candidates[0]
-    if feature_count(problem.score_width, first) > FEATURE_BUDGET:
-        raise UnsupportedProblemError(
-            f"tolerance {tolerance:g} asks for a polynomial of degree {first}.",
-            code="feature-budget",
-            expected=f"at most {FEATURE_BUDGET} features",
-            got=f"{feature_count(problem.score_width, first)} features of {problem.score_width} columns",
-            hint="use method Exact(), a larger tolerance, or a smaller scale: the scores spread too far.",
-        )
-    degrees = [first]
-    for degree in range(first + step, HIGHEST_DEGREE + 1, step):
-        if feature_count(problem.score_width, degree) > FEATURE_BUDGET or not _affordable(problem, degree):
-            break
-        degrees.append(degree)
-    return tuple(degrees)
+    polynomial_plan(problem, step)  # raises if nothing fits the memory limit
+    affordable = list(takewhile(lambda degree: _affordable(problem, degree), range(step, HIGHEST_DEGREE + 1, step)))
+    promising = tuple(
+        degree
+        for degree in affordable
+        if lowest_error(problem, coefficients_of(kind, degree, interval), kind) <= tolerance
+    )
+    warns = method is not None and method.on_exceed == "warn"
+    return promising or (tuple(affordable[-1:]) if warns else ())
 
 
 def _affordable(problem: Problem, degree: int) -> bool:
+    if feature_count(problem.score_width, degree) > FEATURE_BUDGET:
+        return False
     try:
-        return polynomial_plan(problem, degree).cost.flops < exact_flops(problem)
+        return polynomial_plan(problem, degree).cost.flops < max(exact_flops(problem), QUICK_FLOPS)
     except UnsupportedProblemError:
         return False
