@@ -44,8 +44,10 @@ def certify(xp: Any, plan: Plan, operands: Operands, output: KernelOutput, *, ro
     spread, sizes, largest = _value_sizes(xp, problem, operands, output)
     sup, sup_log = sup_bound(xp, polynomial, rows)
     moment = moment_bound(xp, polynomial, rows) / (1.0 - rows.relative) + rows.lost
-    sup = sup + rows.lost * xp.exp(sup_log)
-    approximation = xp.minimum(sup, moment) * spread
+    zero = xp.zeros_like(sup)
+    sup = sup + xp.where(rows.lost > 0.0, rows.lost * xp.exp(sup_log), zero)
+    # where all values agree nothing can go wrong, however little is known of the weights
+    approximation = xp.where(spread > 0.0, xp.minimum(sup, moment) * spread, 0.0 * spread)
     inexact = rows.relative / (1.0 - rows.relative) * sizes
     rounding = inexact + xp.tanh(0.5 * bounds.perturbation) * spread + _final_unit(xp, problem) * largest
     lse_bound = xp.minimum(sup_log + _log_shift(xp, rows.lost), _log_shift(xp, moment))
@@ -54,7 +56,6 @@ def certify(xp: Any, plan: Plan, operands: Operands, output: KernelOutput, *, ro
     hopeless = xp.logical_and(live, rows.relative >= 0.5)
     infinite = xp.full_like(sup, float("inf"))
     approximation, rounding, lse_bound = (xp.where(hopeless, infinite, x) for x in (approximation, rounding, lse_bound))
-    zero = xp.zeros_like(sup)
     by_moment = xp.sum(xp.astype(xp.logical_and(live, moment <= sup), xp.int64))
     total = xp.sum(xp.astype(live, xp.int64))
     return Certificate(

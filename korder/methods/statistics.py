@@ -120,7 +120,7 @@ def _bounds(
     slack = (width + 4 * order + 16) * UNIT * reach
     moved = _perturbation(xp, problem, query, raw, reach, [x[2 * width : 3 * width, :] for x in seen])
     spread = slack + moved
-    return xp.maximum(low, -best) - spread, xp.minimum(high, best) + spread, reach + slack, moved
+    return xp.maximum(low, -best) - spread, xp.minimum(high, best) + spread, reach + spread, moved
 
 
 def _norm_bounds(xp: Any, columns: Array, peaks: list[Array], powers: list[Array], scales: tuple[Array, ...]) -> Array:
