@@ -14,7 +14,7 @@ from array_api_compat import device
 
 from korder.errors import KernelError
 from korder.methods.gradients import GradientSums, merged
-from korder.methods.layout import HeadBlock, Layout, by_head, by_key_head, head_blocks, is_tame, lay_out, put
+from korder.methods.layout import HeadBlock, Layout, block_of, by_head, by_key_head, head_blocks, is_tame, lay_out, put
 from korder.methods.masks import MaskGeometry, Range, blocks
 from korder.methods.tiles import RowCotangent, RowState, TileArithmetic, Wanted, finite_reference
 from korder.methods.walk import Steps, TileWalk, row_by_row
@@ -59,7 +59,7 @@ class ExactKernel:
 
     def add(self, total: Array, ranges: Sequence[Range], part: Array) -> Array:
         """Return `total` with `part` added to a block; a subclass may add in place."""
-        return self.put(total, ranges, total[tuple(slice(*span) for span in ranges)] + part)
+        return self.put(total, ranges, block_of(total, ranges) + part)
 
     def forward(self, operands: Operands, *, save: bool, residuals: dict[str, object] | None = None) -> KernelOutput:
         """Compute output and lse; `residuals` are ignored, the exact method has no statistics to fix."""
@@ -111,8 +111,8 @@ class ExactKernel:
         wanted = sums.wanted()
         for heads in head_blocks(problem, walk.tiling.heads):
             for rows in blocks(0, problem.queries, walk.tiling.queries):
-                where = tuple(slice(*span) for span in (heads.batch, heads.groups, heads.heads, rows))
-                row = RowCotangent(cotangent.output[where], cotangent.lse[where], cotangent.delta[where])
+                where = (heads.batch, heads.groups, heads.heads, rows)
+                row = RowCotangent(*(block_of(x, where) for x in (cotangent.output, cotangent.lse, cotangent.delta)))
                 self._gradients_of_rows(walk, sums, wanted, row, heads, rows)
         return sums.finish(operands, tame=walk.tame)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from array_api_compat import device
 
-from korder.methods.layout import HeadBlock, Layout, by_head, select_rows
+from korder.methods.layout import HeadBlock, Layout, block_of, by_head, select_rows
 from korder.methods.masks import OuterBlock, Range
 from korder.methods.tiles import TileGradients, Wanted
 from korder.methods.walk import InnerSide, OuterSide, TileWalk
@@ -78,7 +78,7 @@ class GradientSums:
         if weight is not None:
             gradient = xp.reshape(gradient, (*gradient.shape[:4], weight.shape[1]))
             if self.weight is not None:
-                query = self.layout.query[tuple(slice(*span) for span in where)]
+                query = block_of(self.layout.query, where)
                 self.weight = self.weight + _as_rows(xp, query).T @ _as_rows(xp, gradient)
             gradient = gradient @ weight.T
         if self.query is not None:

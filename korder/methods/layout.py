@@ -104,9 +104,14 @@ def select_rows(xp: Any, mask: Array, x: Array) -> Array:
     return xp.where(mask[..., None], x, xp.zeros_like(x))
 
 
-def take(x: Array, ranges: Sequence[Range]) -> Array:
-    """Return the block of `x` at `ranges`, one per leading axis; axes of length one are taken whole."""
-    return x[tuple(slice(0, 1) if size == 1 else slice(*span) for size, span in zip(x.shape, ranges, strict=False))]
+def block_of(x: Array, ranges: Sequence[Range]) -> Array:
+    """Return the block of `x` at `ranges`, one per leading axis."""
+    return x[(*(slice(*span) for span in ranges), ...)]
+
+
+def shared_block(x: Array, ranges: Sequence[Range]) -> Array:
+    """Return the block of `x` at `ranges`, one per axis; an axis of length one is shared and taken whole."""
+    return block_of(x, [(0, 1) if size == 1 else span for size, span in zip(x.shape, ranges, strict=True)])
 
 
 def put(xp: Any, total: Array, ranges: Sequence[Range], part: Array, axis: int = 0) -> Array:
@@ -116,9 +121,10 @@ def put(xp: Any, total: Array, ranges: Sequence[Range], part: Array, axis: int =
     start, stop = ranges[axis]
     if (start, stop) == (0, total.shape[axis]):
         return put(xp, total, ranges, part, axis + 1)
-    before = (slice(None),) * axis
-    inner = put(xp, total[(*before, slice(start, stop))], ranges, part, axis + 1)
-    return xp.concat([total[(*before, slice(0, start))], inner, total[(*before, slice(stop, None))]], axis=axis)
+    before = [(0, size) for size in total.shape[:axis]]
+    inner = put(xp, block_of(total, [*before, (start, stop)]), ranges, part, axis + 1)
+    outside = [block_of(total, [*before, span]) for span in ((0, start), (stop, total.shape[axis]))]
+    return xp.concat([outside[0], inner, outside[1]], axis=axis)
 
 
 def is_tame(xp: Any, layout: Layout, *cotangents: Array | None) -> bool:

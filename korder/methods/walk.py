@@ -10,7 +10,7 @@ from typing import Any
 from array_api_compat import device
 
 from korder.methods.contraction import adjoint_contraction, trace_contraction
-from korder.methods.layout import HeadBlock, Layout, select_rows, take
+from korder.methods.layout import HeadBlock, Layout, block_of, select_rows, shared_block
 from korder.methods.masks import MaskGeometry, OuterBlock, Range, TileMask
 from korder.methods.tiles import Contracted, Folded, TileArithmetic, add_biases
 from korder.planning.expression import outer_modes
@@ -83,7 +83,7 @@ class TileWalk:
 
     def query(self, heads: HeadBlock, rows: Range) -> Array:
         """Return the queries of a block of rows, (b, g, c, I, d); times a full weight (b, g, c, I, d1, .., dk)."""
-        query = take(self.layout.query, (heads.batch, heads.groups, heads.heads, rows))
+        query = block_of(self.layout.query, (heads.batch, heads.groups, heads.heads, rows))
         if self.layout.weight is None:
             return query
         widths = tuple(key.shape[-1] for key in self.layout.keys)
@@ -151,8 +151,8 @@ class TileWalk:
     def _mode(self, mode: int, heads: HeadBlock, rows: Range, span: Range) -> ModeBlock | None:
         """Return a range of one mode; None if none of its keys may be seen."""
         xp = self.xp
-        where = tuple(slice(*part) for part in (heads.batch, heads.groups, span))
-        key, value = self.layout.keys[mode][where], self.layout.values[mode][where]
+        where = (heads.batch, heads.groups, span)
+        key, value = block_of(self.layout.keys[mode], where), block_of(self.layout.values[mode], where)
         bias = self._bias(mode, heads, rows, span)
         if self.tame or bias is None:
             return ModeBlock(key, value, bias, None)
@@ -167,10 +167,10 @@ class TileWalk:
         xp, layout = self.xp, self.layout
         where = (heads.batch, heads.groups, heads.heads, rows, span)
         bias, mask = layout.biases[mode], layout.key_masks[mode]
-        bias = None if bias is None else take(bias, where)
+        bias = None if bias is None else shared_block(bias, where)
         if mask is None:
             return bias
-        mask = take(mask, where)
+        mask = shared_block(mask, where)
         options = {"dtype": layout.query.dtype, "device": device(layout.query)}
         closed = xp.asarray(-inf, **options)
         return xp.where(mask, xp.asarray(0.0, **options) if bias is None else bias, closed)
