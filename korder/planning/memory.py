@@ -9,6 +9,9 @@ from korder.planning.path import contraction_steps
 from korder.planning.plan import ContractionStep, Tiling
 from korder.problem import ITEM_BYTES, Problem
 
+NUMPY_BUFFER = 2**16
+"""Bytes that NumPy takes for itself while it broadcasts one array against another."""
+
 
 def forward_workspace(problem: Problem, tiling: Tiling, *, in_place: bool) -> int:
     """Return the workspace of a forward.
@@ -24,7 +27,8 @@ def forward_workspace(problem: Problem, tiling: Tiling, *, in_place: bool) -> in
     if _has_more_tiles(problem, tiling):  # the next fold finds the buffers of the tile before
         elements += tile.folding
     narrow_output = _rows(problem) * problem.value_width if _narrow(problem) else 0
-    return _item(problem) * (elements + laid_out(problem) + narrow_output)
+    fixed = NUMPY_BUFFER if in_place else 0
+    return fixed + _item(problem) * (elements + laid_out(problem) + narrow_output)
 
 
 def backward_workspace(problem: Problem, tiling: Tiling, *, in_place: bool) -> int:
