@@ -237,7 +237,8 @@ def test_progress_goes_to_one() -> None:
     kernel.forward(case.operands(), save=False)
     assert seen == sorted(seen)
     assert len(seen) > 10
-    assert seen[-1] == pytest.approx(1.0, abs=0.2)
+    assert seen[-1] == 1.0
+    assert 0.7 < seen[-2] <= 1.0
 
 
 def test_threads_share_a_kernel() -> None:

@@ -43,15 +43,17 @@ def certify(xp: Any, plan: Plan, operands: Operands, output: KernelOutput, *, ro
     rows = _gather(xp, plan, operands, output, (bounds.low, bounds.high, live, log_weights), rounding_unit)
     spread, sizes, largest = _value_sizes(xp, problem, operands, output)
     sup, sup_log = sup_bound(xp, polynomial, rows)
-    moment = moment_bound(xp, polynomial, rows) / (1.0 - rows.relative) + rows.lost
+    moment = moment_bound(xp, polynomial, rows) / (1.0 - rows.relative)
     zero = xp.zeros_like(sup)
-    sup = sup + xp.where(rows.lost > 0.0, rows.lost * xp.exp(sup_log), zero)
     # where all values agree nothing can go wrong, however little is known of the weights
     approximation = xp.where(spread > 0.0, xp.minimum(sup, moment) * spread, 0.0 * spread)
+    logarithm = xp.minimum(sup_log, _log_shift(xp, moment))
+    lost = xp.where(rows.lost > 0.0, rows.lost * xp.exp(logarithm), zero)
     inexact = rows.relative / (1.0 - rows.relative) * sizes
-    rounding = inexact + xp.tanh(0.5 * bounds.perturbation) * spread + _final_unit(xp, problem) * largest
-    lse_bound = xp.minimum(sup_log + _log_shift(xp, rows.lost), _log_shift(xp, moment))
-    lse_bound = lse_bound + _log_shift(xp, rows.relative) + bounds.perturbation + _lse_rounding(xp, output.lse, rows)
+    moved = xp.where(spread > 0.0, (lost + xp.tanh(0.5 * bounds.perturbation)) * spread, 0.0 * spread)
+    rounding = inexact + moved + _final_unit(xp, problem) * largest
+    lse_bound = logarithm + _log_shift(xp, lost) + _log_shift(xp, rows.relative) + bounds.perturbation
+    lse_bound = lse_bound + _lse_rounding(xp, output.lse, rows)
     # sums that may be half wrong say nothing; NaN stays NaN
     hopeless = xp.logical_and(live, rows.relative >= 0.5)
     infinite = xp.full_like(sup, float("inf"))
@@ -161,10 +163,12 @@ def _underflow(
     smallest = float(xp.finfo(getattr(xp, problem.accumulation)).smallest_normal)
     reach = xp.zeros((), dtype=xp.float64)
     for plane in planes(xp, problem, operands):
-        peaks = xp.max(xp.stack([column_peaks(xp, query) for query in plane.queries], axis=0), axis=0)
+        peaks = 2.0 * xp.max(xp.stack([column_peaks(xp, query) for query in plane.queries], axis=0), axis=0)
         for key in plane.keys:
             peaks = peaks * (2.0 * column_peaks(xp, key))
-        reach = xp.maximum(reach, abs(problem.scale) * 2.0 * xp.sum(peaks))
+        # columns that are zero in some factor count as much as the largest of the others
+        peaks = xp.where(peaks > 0.0, peaks, xp.max(peaks))
+        reach = xp.maximum(reach, abs(problem.scale) * xp.sum(peaks))
     reach = reach + xp.abs(centre)
     total = xp.zeros_like(mean)
     for value in reversed(polynomial.values):

@@ -7,7 +7,7 @@ causal form stands in `running`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from array_api_compat import device
@@ -34,9 +34,6 @@ from korder.spi.operands import KernelOutput, OperandGradients, Operands, Output
 
 Array = Any
 
-SUM_BLOCK = 256
-"""Terms summed in the compute dtype before they join a float64 total."""
-
 
 class PolynomialKernel:
     """A compiled polynomial plan.
@@ -46,6 +43,9 @@ class PolynomialKernel:
     Source:    Alman & Song, arXiv 2310.04064; certificates, centring and layout are ours.
     """
 
+    sum_block: ClassVar[int] = 256
+    """Terms summed in the compute dtype before they join a float64 total."""
+
     def __init__(self, xp: Any, plan: Plan) -> None:
         assert plan.polynomial is not None
         self.xp = xp
@@ -54,7 +54,7 @@ class PolynomialKernel:
         self.polynomial: PolynomialPlan = plan.polynomial
         self.table: FeatureTable = feature_table(plan.problem.score_width, plan.polynomial.degree)
         self.dtype = getattr(xp, plan.problem.accumulation)
-        self.rounding_unit = (SUM_BLOCK + 8) * 0.5 * float(xp.finfo(self.dtype).eps)
+        self.rounding_unit = (self.sum_block + 8) * 0.5 * float(xp.finfo(self.dtype).eps)
         self.workspace_bytes = plan.cost.peak_memory
         self.progress: Callable[[float], None] | None = None
         """Told the share of tokens done, from the thread that runs the kernel."""
@@ -88,6 +88,7 @@ class PolynomialKernel:
                 for store, part in zip(stores, self._finish(reading, centre[at], live[at]), strict=True):
                     store.put(plane.batch, head, start, part)
             kept.close(xp, plane, scales, states)
+        progress.finish()
         output, mean, moments, magnitude = (store.result() for store in stores)
         self.check_normaliser(mean, live)
         logs = xp.log(xp.where(live, mean, xp.ones_like(mean))) + log_weights + centre + kept.row_maxima(xp, problem)
@@ -232,8 +233,16 @@ class PolynomialKernel:
         xp = self.xp
         queries = xp.max(xp.stack([column_peaks(xp, query) for query in plane.queries], axis=0), axis=0)
         largest = xp.stack([queries, *(column_peaks(xp, key) for key in plane.keys)], axis=0)
-        usable = xp.where(largest > 0.0, largest, xp.ones_like(largest))
-        return xp.pow(xp.full_like(usable, 2.0), xp.ceil(xp.log2(usable)))
+        positive = largest > 0.0
+        usable = xp.where(positive, largest, xp.ones_like(largest))
+        scales = xp.pow(xp.full_like(usable, 2.0), xp.ceil(xp.log2(usable)))
+        # a column that is zero in some factor adds nothing, and must not set the size of monomials either
+        product = xp.prod(scales, axis=0, keepdims=True)
+        alive = xp.min(xp.astype(positive, xp.float64), axis=0, keepdims=True) > 0.0
+        target = nonzero(xp, xp.max(xp.where(alive, product, xp.zeros_like(product))))
+        zeros = xp.astype(xp.logical_not(positive), xp.float64)
+        first = xp.logical_and(xp.logical_not(positive), xp.cumulative_sum(zeros, axis=0) == 1.0)
+        return xp.where(first, scales * (target / product), scales)
 
     def scaled(self, factor: Factor, scale: Array, start: int, stop: int) -> Array:
         """Return a factor's columns over their scales: (w, stop - start), entries of at most 1."""
@@ -260,11 +269,11 @@ class PolynomialKernel:
     def product(self, left: Array, right: Array, total: Array | None = None) -> Array:
         """Return total (p, s) + left (p, q) @ right (q, s) in float64; `total` belongs to the callee.
 
-        Summed in the compute dtype over at most `SUM_BLOCK` terms, then in float64.
+        Summed in the compute dtype over at most `sum_block` terms, then in float64.
         """
         xp = self.xp
-        for start in range(0, left.shape[1], SUM_BLOCK):
-            stop = min(start + SUM_BLOCK, left.shape[1])
+        for start in range(0, left.shape[1], self.sum_block):
+            stop = min(start + self.sum_block, left.shape[1])
             part = xp.astype(xp.matmul(left[:, start:stop], right[start:stop, :]), xp.float64)
             total = part if total is None else total + part
         return total

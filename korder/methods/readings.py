@@ -51,6 +51,11 @@ class Progress:
             self.done[0] += tokens
             self.listener(min(1.0, self.done[0] / max(self.total, 1)))
 
+    def finish(self) -> None:
+        """Note that all is done."""
+        if self.listener is not None:
+            self.listener(1.0)
+
 
 class RowCollector:
     """Collects blocks of rows (c, ..) of every batch entry and head, in any order of heads, into (b, h, n, ..)."""

@@ -118,7 +118,7 @@ def advance(kernel: PolynomialKernel, carry: tuple[Array, Array], part: Stream) 
 def runs(kernel: PolynomialKernel, tokens: int) -> Iterator[tuple[int, int, int]]:
     """Yield (degree, start, stop) of the runs of features, none across degrees, whose states stay in cache."""
     length = max(1, RUNNING_ELEMENTS // (tokens * (kernel.problem.value_width + 1)))
-    length = min(length, 256)  # a run is summed in the compute dtype
+    length = min(length, kernel.sum_block)
     for s in range(kernel.polynomial.degree + 1):
         rows = kernel.table.rows(s)
         for start in range(rows.start, rows.stop, length):

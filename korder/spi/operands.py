@@ -35,9 +35,10 @@ class KernelOutput:
 
     Shapes:
         output (b, h, n, e) in the operands' dtype; lse (b, h, n) natural log, float32 or wider, -inf for an empty row.
-        Approximate methods also fill: normaliser (b, h, n), the sum of the polynomial over live tuples;
+        Approximate methods also fill: normaliser (b, h, n), the sum of the polynomial over live tuples, each weighted
+        by its key-only biases less their maxima, so that lse = centre + ln normaliser + the maxima;
         moments (b, h, n, degree + 1), means over live tuples of the powers 0, 1, .. of the centred score;
-        magnitude (b, h, n), the sum of absolute monomial terms over the normaliser.
+        magnitude (b, h, n), the sum of the absolute monomial terms of every c_m (x - centre)^m over the normaliser.
         residuals: a mapping of whatever the kernel's `backward` (or a later `forward`) wants, None when not saved.
     """
 

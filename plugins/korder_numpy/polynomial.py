@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from korder.spi import Plan, PolynomialKernel
 
 Array = NDArray[Any]
-SUM_BLOCK = 256
 
 
 class PreallocatedRows:
@@ -80,8 +79,8 @@ class NumpyPolynomialKernel(PolynomialKernel):
         shape = (left.shape[0], right.shape[1])
         result = np.zeros(shape) if total is None else total
         part = self._buffer("part", shape, left.dtype)
-        for start in range(0, left.shape[1], SUM_BLOCK):
-            np.matmul(left[:, start : start + SUM_BLOCK], right[start : start + SUM_BLOCK], out=part)
+        for start in range(0, left.shape[1], self.sum_block):
+            np.matmul(left[:, start : start + self.sum_block], right[start : start + self.sum_block], out=part)
             result += part
         return result
 
@@ -90,14 +89,14 @@ class NumpyPolynomialKernel(PolynomialKernel):
         result = np.zeros((left.shape[0], 1)) if total is None else total
         by_rows = left.flags.c_contiguous
         if by_rows:
-            for start in range(0, left.shape[0], SUM_BLOCK):
-                block = np.abs(left[start : start + SUM_BLOCK])
-                for first in range(0, left.shape[1], SUM_BLOCK):
-                    part = block[:, first : first + SUM_BLOCK] @ right[first : first + SUM_BLOCK]
-                    result[start : start + SUM_BLOCK] += part
+            for start in range(0, left.shape[0], self.sum_block):
+                block = np.abs(left[start : start + self.sum_block])
+                for first in range(0, left.shape[1], self.sum_block):
+                    part = block[:, first : first + self.sum_block] @ right[first : first + self.sum_block]
+                    result[start : start + self.sum_block] += part
             return result
-        for first in range(0, left.shape[1], SUM_BLOCK):
-            result += np.abs(left[:, first : first + SUM_BLOCK]) @ right[first : first + SUM_BLOCK]
+        for first in range(0, left.shape[1], self.sum_block):
+            result += np.abs(left[:, first : first + self.sum_block]) @ right[first : first + self.sum_block]
         return result
 
     def running_state(self, features: Array, weighted: Array, carry: Array) -> Array:
