@@ -85,12 +85,11 @@ def _own_rounding(xp: Any, outputs: Sequence[Array], weights: Sequence[Array]) -
 def _spread(xp: Any, outputs: Sequence[Array], weights: Sequence[Array]) -> Array:
     """Largest difference over channels between the outputs of the parts that have tuples."""
     infinity = xp.asarray(float("inf"), dtype=outputs[0].dtype)
-    low = high = None
+    low, high = xp.full_like(outputs[0], float("inf")), xp.full_like(outputs[0], -float("inf"))
     for output, weight in zip(outputs, weights, strict=True):
         dead = weight[..., None] == 0
-        under, over = xp.where(dead, infinity, output), xp.where(dead, -infinity, output)
-        low = under if low is None else xp.minimum(low, under)
-        high = over if high is None else xp.maximum(high, over)
+        low = xp.minimum(low, xp.where(dead, infinity, output))
+        high = xp.maximum(high, xp.where(dead, -infinity, output))
     gap = xp.max(high - low, axis=-1)
     return xp.where(xp.isfinite(gap), xp.maximum(gap, xp.zeros_like(gap)), xp.zeros_like(gap))
 

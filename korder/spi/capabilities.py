@@ -106,5 +106,5 @@ def _member(what: str, got: object, supported: Iterable[object], where: str = ""
     supported = frozenset(supported)
     if got in supported:
         return None
-    ordered = sorted(supported, key=lambda item: (str(type(item)), item))  # type: ignore[arg-type]
+    ordered = sorted(supported, key=lambda item: (str(type(item)), item))
     return Reason(what, str(got), (", ".join(map(str, ordered)) or "none") + where)
