@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from korder.cli.app import app
-from tests.command_line import GOOD, call, stored, write
+from tests.command_line import GOOD, call, stored, write, write_arrays
 
 ROOT = Path(__file__).parents[1]
 
@@ -116,6 +117,19 @@ def test_a_causal_polynomial_run_measures_the_right_rows() -> None:
     assert max(json.loads(result.stdout)["measured_rows"]["errors"]) < 1e-4
 
 
+@pytest.mark.parametrize("method", ["{kind='exact'}", "{kind='polynomial', degree=2, estimate_rows=4}"])
+@pytest.mark.parametrize("empty", ["query", "key"])
+def test_empty_operands_run(method: str, empty: str) -> None:
+    none = np.ones((0, 4), "float32")
+    path = write_arrays(**({"query": none} if empty == "query" else {"key_1": none, "value_1": none[:, :2]}))
+    result = call("run", path, "--set", f"attention.method={method}", "--format", "json")
+    assert result.exit_code == 0, result.output
+    arrays = stored("out/arrays.npz")
+    assert arrays["output"].shape == ((0, 2) if empty == "query" else (7, 2))
+    assert (arrays["output"] == 0).all()
+    assert (arrays["lse"] == -np.inf).all()
+
+
 def test_plan_computes_nothing_and_needs_no_arrays() -> None:
     write(GOOD.replace("n = 7, lengths = [5, 3]", "n = 100003, lengths = [100019, 100043]"))
     result = call("plan", "run.toml")
@@ -162,6 +176,38 @@ def test_backends_are_listed() -> None:
     assert numpy["methods"].keys() >= {"exact", "polynomial"}
 
 
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal, or not."""
+
+    def __init__(self, is_terminal: bool) -> None:
+        super().__init__()
+        self._is_terminal = is_terminal
+
+    def isatty(self) -> bool:
+        return self._is_terminal
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_is_for_terminals_and_for_what_takes_time(monkeypatch: pytest.MonkeyPatch, is_terminal: bool) -> None:
+    import korder.cli.output as module
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", Terminal(is_terminal))
+    with module.TerminalProgress() as progress:
+        progress.stage("a short stage")
+    assert "short" not in sys.stderr.getvalue()
+    monkeypatch.setattr(module, "_QUIET_SECONDS", 0.0)
+    with module.TerminalProgress() as progress:
+        progress.stage("computing rows", total=3)
+        progress.advance()
+        if is_terminal:
+            progress._timer.join()
+            progress._bar.refresh()
+    shown = sys.stderr.getvalue()
+    assert ("computing rows" in shown) is is_terminal
+    assert "0:00:0" in shown or not is_terminal
+
+
 def run_process(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "KORDER_BACKEND"}
     program = "from korder.cli import main; main()"
@@ -199,3 +245,24 @@ def test_every_command_and_option_is_documented() -> None:
             assert f"`{option}" in text, f"{command.name} {option}"
     for row in ROWS:
         assert f"`{row}`" in text
+
+
+def test_without_matplotlib_there_is_no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    import korder.experiments.results as module
+
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    assert call("run", write()).exit_code == 0
+    assert sorted(path.name for path in Path("out").iterdir()) == ["arrays.npz", "result.json", "run.toml"]
+
+
+def test_a_named_backend_that_takes_no_numpy_arrays_gets_its_own() -> None:
+    from korder.experiments.data import build_inputs
+    from korder.experiments.placement import Placement, place, to_numpy
+    from korder.spec.files import read_run
+
+    pytest.importorskip("torch")
+    inputs = build_inputs(read_run(write()))  # type: ignore[arg-type]
+    placed = place(inputs, Placement("torch"))
+    assert type(placed.keys[1]).__name__ == "Tensor"
+    np.testing.assert_array_equal(to_numpy(placed.keys[1]), inputs.keys[1])
+    assert place(inputs, Placement()) is inputs

@@ -65,7 +65,9 @@ def plan_file(
         from korder.experiments.placement import placement_for
 
         placement = placement_for(run.backend)
-        plans = plans_of(run, placement)
+        with TerminalProgress() as progress:
+            progress.stage("measuring the scores")
+            plans = plans_of(run, placement)
         chosen = select(default_registry(), plans, array_kind=placement.kind, requested=run.backend)
         if form is Format.json:
             rejected = [str(rejection) for rejection in chosen.rejected]

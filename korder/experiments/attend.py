@@ -192,7 +192,7 @@ def _measure_against_exact(report: Report, inputs: Inputs, progress: Progress) -
     progress.stage("measuring this machine")
     report.exact_need = ExactNeed(plan, matmul_rate(problem.accumulation))
     assert spec.polynomial is not None
-    if spec.polynomial.estimate_rows:
+    if spec.polynomial.estimate_rows and problem.batch * problem.heads * problem.queries:
         with _timed(report.timings, "measured_rows_seconds"):
             report.measured = _measure_rows(report, inputs, spec.polynomial.estimate_rows, progress)
         report.checks.append(_certificate_holds(report.measured))

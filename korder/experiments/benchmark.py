@@ -12,7 +12,7 @@ from korder.errors import SpecError, UnsupportedProblemError
 from korder.experiments import benchmark_rows
 from korder.experiments.benchmark_cases import Disagreement
 from korder.experiments.benchmark_rows import Measured, Settings
-from korder.experiments.machine import describe_machine
+from korder.experiments.machine import busy_warning, describe_machine
 from korder.experiments.progress import Progress
 from korder.experiments.results import publish
 from korder.spec.runs import BenchmarkRun
@@ -55,12 +55,14 @@ def run_benchmark(run: BenchmarkRun, progress: Progress | None = None) -> Benchm
     """
     progress = progress or Progress()
     chosen = _chosen(run.rows)
+    machine = describe_machine()
+    machine["warnings"] += busy_warning()  # before the benchmark itself makes a load
     settings = Settings(run.quick, run.repeats, run.backend)
     rows = []
     for name in chosen:
         progress.stage(f"measuring {name}")
         rows.append(_row(name, benchmark_rows.ROWS[name], settings))
-    return BenchmarkReport(run, tuple(rows), describe_machine())
+    return BenchmarkReport(run, tuple(rows), machine)
 
 
 def _chosen(names: tuple[str, ...] | None) -> tuple[str, ...]:

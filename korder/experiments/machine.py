@@ -84,6 +84,16 @@ def matmul_rate(dtype: str, size: int = 1024, repeats: int = 3) -> float:
     return 2.0 * size**3 / best
 
 
+def busy_warning() -> list[str]:
+    """Return a sentence if other processes want the cores at this moment, which makes every figure too low."""
+    if not hasattr(os, "getloadavg"):
+        return []
+    load, cores = os.getloadavg()[0], usable_cores()
+    if load <= 0.5 * cores:
+        return []
+    return [f"other processes are busy (load {load:.1f} on {cores} cores); measure again on a quiet machine."]
+
+
 def _seconds_of_product(left: Any, right: Any, out: Any) -> float:
     start = time.perf_counter()
     np.matmul(left, right, out=out)

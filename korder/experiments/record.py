@@ -54,11 +54,11 @@ def certificate_summary(certificate: Certificate | None) -> dict[str, Any] | Non
     """Return the largest and the median bound, and what they are made of; None for an exact result."""
     if certificate is None:
         return None
-    ranges = to_numpy(certificate.score_range)
+    ranges, bound = to_numpy(certificate.score_range), to_numpy(certificate.bound)
     return {
         "kind": certificate.kind,
         "bound_largest": _largest(certificate.bound),
-        "bound_median": _number(np.median(to_numpy(certificate.bound))),
+        "bound_median": _number(np.median(bound)) if bound.size else None,
         "approximation_largest": _largest(certificate.approximation),
         "rounding_largest": _largest(certificate.rounding),
         "lse_bound_largest": _largest(certificate.lse_bound),
@@ -83,7 +83,7 @@ def _measured(report: Report) -> dict[str, Any] | None:
         return None
     return {
         "positions": list(report.measured.positions),
-        "errors": report.measured.errors.tolist(),
+        "errors": [_number(error) for error in report.measured.errors],
         "certified": [_number(bound) for bound in report.measured.bounds],
         "seconds": report.measured.seconds,
     }
