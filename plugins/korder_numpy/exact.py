@@ -121,7 +121,7 @@ class NumpyTileArithmetic(TileArithmetic):
         if contracted.additive is not None:
             scores += contracted.additive[..., None, :]
         for part in () if mask is None else mask.inner:
-            scores += np.where(part, scores.dtype.type(0), scores.dtype.type(-np.inf))
+            _close(scores, part)
         return scores
 
     def absorb(self, state: RowState, folded: Folded, contracted: Contracted, mask: TileMask | None) -> RowState:
@@ -147,8 +147,7 @@ class NumpyTileArithmetic(TileArithmetic):
         sums = self._product("sums", weights, contracted.values)
         if folded.gate is None:
             return sums[..., 0, :]
-        sums *= folded.gate[:, :, None, None]
-        return sums.sum(axis=-2)
+        return np.einsum("bgcife,bgfe->bgcie", sums, folded.gate)
 
     def _product(self, name: str, weights: Array, right: Array) -> Array:
         flat = _rows(weights)
@@ -173,8 +172,7 @@ class NumpyTileArithmetic(TileArithmetic):
         gate = None
         if wanted.values and folded.gate is not None:
             sums = self._product("sums", weights, contracted.values[..., :-1])
-            sums *= row.output[..., None, :]
-            gate = sums.sum(axis=(2, 3))
+            gate = np.einsum("bgcife,bgcie->bgfe", sums, row.output)
         return TileGradients(
             query=(_rows(score_gradient) @ keys).reshape(query.shape) if wanted.queries else None,
             gate=gate,
@@ -191,6 +189,14 @@ class NumpyTileArithmetic(TileArithmetic):
             return cotangent
         out = self.buffer("gated", (*folded.query.shape[:5], cotangent.shape[-1]), cotangent.dtype)
         return np.multiply(cotangent, folded.gate[:, :, None, None], out=out)
+
+
+def _close(scores: Array, part: Array) -> None:
+    """Set scores to -inf where `part` of a mask fails, touching only the columns of keys that it cuts."""
+    cut = np.flatnonzero(~part.all(axis=(0, 1)))
+    if cut.size:
+        columns = slice(cut[0], cut[-1] + 1)
+        scores[..., columns] += np.where(part[..., columns], scores.dtype.type(0), scores.dtype.type(-np.inf))
 
 
 def _with_ones(x: Array) -> Array:
