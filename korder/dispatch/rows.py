@@ -27,7 +27,8 @@ def estimate(registry: Registry, request: Request, output: KernelOutput, count: 
         xp.max(xp.abs(xp.astype(flat[row, :], wide) - xp.astype(exact, wide)))
         for row, exact in zip(rows, exact_rows(registry, request, rows), strict=True)
     ]
-    return xp.stack([xp.asarray(rows, dtype=wide), xp.stack(errors)], axis=-1)
+    # float64 holds every position; float32 does not beyond 2^24 rows
+    return xp.stack([xp.asarray(rows, dtype=xp.float64), xp.astype(xp.stack(errors), xp.float64)], axis=-1)
 
 
 def sampled_rows(problem: Problem, count: int) -> tuple[int, ...]:
