@@ -171,6 +171,18 @@ def test_short_and_empty_lengths(queries: int, lengths: tuple[int, ...], mask: s
     assert all(g.shape == k.shape for g, k in zip(gradients.keys, case.keys, strict=True))
 
 
+def test_an_empty_batch() -> None:
+    case = polynomial_case(2, "plain", "full", degree=2, batch=0)
+    plan, output = run(case)
+    assert output.output.shape == (0, 4, 11, case.values[0].shape[3])
+    certificate = certify(xp, plan, case.operands(), output, rounding_unit=1e-14)
+    assert certificate.bound.shape == (0, 4, 11)
+    found = KERNELS["numpy"](xp, plan).backward(case.operands(), output, OutputGradients(output.output), needs=NEEDS)
+    assert found.query is not None
+    assert found.query.shape == case.query.shape
+    assert measure(xp, plan.problem, case.operands()).half_width == 0.0
+
+
 def test_a_negative_sum_raises_and_names_the_row() -> None:
     method = Polynomial(degree=1, coefficients="minimax", interval=0.5)
     case = polynomial_case(1, "plain", "full", degree=1, scale=1.0, lengths=(2,), queries=7).with_spec(method=method)

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from korder.methods.polynomial import PolynomialKernel
 
 Array = Any
+Blocks = dict[tuple[int, int], dict[int, Array]]
+"""Per (batch, head): blocks of rows by their first row."""
+KeyPart = tuple[Array, Array, Array, Array]
+"""Columns of a key operand (d_t, c), and gradients: factor's columns (w, c), values (c, e), weights (c,)."""
 KEY_SIDE = frozenset({"keys", "values", "biases", "weight"})
 
 
@@ -25,37 +29,40 @@ class GradientStore:
         self.problem = problem
         self.operands = operands
         order = problem.order
-        self._query: dict[tuple[int, int], list[Array]] = {}
-        self._keys: list[dict[tuple[int, int], list[Array]]] = [{} for _ in range(order)]
-        self._values: list[dict[tuple[int, int], list[Array]]] = [{} for _ in range(order)]
-        self._biases: list[list[Array]] = [[] for _ in range(order)]
+        self._query: Blocks = {}
+        self._keys: list[Blocks] = [{} for _ in range(order)]
+        self._values: list[Blocks] = [{} for _ in range(order)]
+        self._biases: list[Blocks] = [{} for _ in range(order)]
         self._weight: list[Array | None] = [None] * (order + 1)
 
-    def add_query(self, plane: Plane, head: int, query: Factor, raw: Array, gradient: Array) -> None:
-        """Add the gradient (w, c) of a block of a query factor's columns; `raw` are the operand's columns."""
+    def add_query(self, plane: Plane, head: int, start: int, raw: Array, gradient: Array) -> None:
+        """Add the gradient (w, c) of a query factor's columns from row `start` on; `raw` are the operand's columns."""
+        query = plane.queries[plane.heads.index(head)]
         self._add_weight(0, query, raw, gradient)
         rows = self.xp.permute_dims(query.projection.adjoint(self.xp, gradient), (1, 0))
-        self._query.setdefault((plane.batch, head), []).append(rows)
+        self._put(self._query, (plane.batch, head), start, rows, self.operands.query.dtype)
 
-    def add_keys(self, plane: Plane, mode: int, parts: list[tuple[Array, Array, Array, Array]]) -> None:
-        """Add a mode's blocks in token order: (raw columns (d_t, c), gradients of columns, values and weights)."""
+    def add_keys(self, plane: Plane, mode: int, start: int, part: KeyPart) -> None:
+        """Add the gradients of keys from `start` on; every key of the array comes in exactly one block of its plane."""
         xp, key = self.xp, plane.keys[mode]
-        for raw, gradient, _, _ in parts:
-            self._add_weight(mode + 1, key, raw, gradient)
-        if not parts:
-            return
-        columns = xp.concat([key.projection.adjoint(xp, gradient) for _, gradient, _, _ in parts], axis=1)
-        values = xp.concat([part[2] for part in parts], axis=0)
-        biases = xp.concat([part[3] for part in parts], axis=0) * key.token_weights(xp, 0, key.length)
-        rows = xp.permute_dims(columns, (1, 0))
+        raw, gradient, values, weights = part
+        self._add_weight(mode + 1, key, raw, gradient)
+        stop = start + raw.shape[1]
+        rows = xp.permute_dims(key.projection.adjoint(xp, gradient), (1, 0))
+        biases = (weights * key.token_weights(xp, start, stop))[:, None]
         if key.live is not None:
-            rows = xp.where(key.live[:, None], rows, xp.zeros_like(rows))
-            values = xp.where(key.live[:, None], values, xp.zeros_like(values))
-            biases = xp.where(key.live, biases, xp.zeros_like(biases))
-        place = (plane.batch, plane.group)
-        for store, part in ((self._keys[mode], rows), (self._values[mode], values)):
-            store[place] = [store[place][0] + part] if place in store else [part]
-        self._biases[mode].append(biases)
+            live = key.live[start:stop, None]
+            rows, values, biases = (xp.where(live, x, xp.zeros_like(x)) for x in (rows, values, biases))
+        place, dtype = (plane.batch, plane.group), self.operands.keys[mode].dtype
+        self._put(self._keys[mode], place, start, rows, dtype)
+        self._put(self._values[mode], place, start, values, dtype)
+        self._put(self._biases[mode], (plane.batch, plane.heads[0]), start, biases, xp.float64)
+
+    def _put(self, store: Blocks, place: tuple[int, int], start: int, rows: Array, dtype: Any) -> None:
+        """Keep a block; blocks of planes that share their keys meet at the same start and are added."""
+        blocks = store.setdefault(place, {})
+        known = blocks.get(start)
+        blocks[start] = self.xp.astype(rows if known is None else known + rows, dtype)
 
     def _add_weight(self, position: int, factor: Factor, raw: Array, gradient: Array) -> None:
         if factor.projection.matrix is None:
@@ -77,23 +84,25 @@ class GradientStore:
             weight=self._weights() if "weight" in needs else None,
         )
 
-    def _modes(self, stores: list[dict[tuple[int, int], list[Array]]], like: tuple[Array, ...]) -> tuple[Array, ...]:
+    def _modes(self, stores: list[Blocks], like: tuple[Array, ...]) -> tuple[Array, ...]:
         return tuple(self._laid_out(store, array) for store, array in zip(stores, like, strict=True))
 
-    def _laid_out(self, store: dict[tuple[int, int], list[Array]], like: Array) -> Array:
-        xp = self.xp
-        if not store:
-            return xp.zeros_like(like)
+    def _laid_out(self, store: Blocks, like: Array) -> Array:
         batch, heads = like.shape[:2]
-        rows = [xp.stack([xp.concat(store[b, h], axis=0) for h in range(heads)], axis=0) for b in range(batch)]
-        return xp.astype(xp.stack(rows, axis=0), like.dtype)
+        blocks = self._in_order(store, [(b, h) for b in range(batch) for h in range(heads)])
+        return self.xp.reshape(self.xp.concat(blocks, axis=0), like.shape) if blocks else self.xp.zeros_like(like)
+
+    def _in_order(self, store: Blocks, places: list[tuple[int, int]]) -> list[Array]:
+        return [store[place][start] for place in places if place in store for start in sorted(store[place])]
 
     def _bias(self, mode: int) -> Array | None:
         xp = self.xp
         bias = self.operands.biases[mode] if self.operands.biases else None
-        if bias is None or not self._biases[mode]:
+        store = self._biases[mode]
+        if bias is None or not store:
             return None if bias is None else xp.zeros_like(bias)
-        gradient = xp.reshape(xp.stack(self._biases[mode], axis=0), (self.problem.batch, -1, bias.shape[3]))
+        gradient = xp.concat(self._in_order(store, sorted(store)), axis=0)
+        gradient = xp.reshape(gradient, (self.problem.batch, -1, bias.shape[3]))
         for axis in (0, 1):
             if bias.shape[axis] == 1:
                 gradient = xp.sum(gradient, axis=axis, keepdims=True)
@@ -149,8 +158,10 @@ def backward(
     residuals = saved.residuals
     if residuals is None:
         raise ValueError("backward needs the output of forward(..., save=True)")
-    rows = RowGradients(kernel, operands, saved, grads)
     store = GradientStore(xp, problem, operands)
+    if problem.batch == 0:
+        return store.gradients(needs)
+    rows = RowGradients(kernel, operands, saved, grads)
     for index, plane in enumerate(planes(xp, problem, operands, residuals["maxima"])):
         statistics = (residuals["centre"], residuals["scales"][index, ...], residuals["states"][index, ...])
         if problem.spec.mask.kind == "causal":
@@ -213,7 +224,7 @@ def _query_backward(
                 spread = xp.astype(weighted * table.factors[s], kernel.dtype)
                 parts.append(xp.matmul(table.values[s], xp.permute_dims(spread, (1, 0))))
             adjoint = kernel.adjoint(columns, features, xp.concat(parts, axis=0))
-            store.add_query(plane, head, query, raw, kernel.normalise_columns(adjoint, scales[0, ...]))
+            store.add_query(plane, head, start, raw, kernel.normalise_columns(adjoint, scales[0, ...]))
     return xp.concat(collected, axis=0)
 
 
@@ -223,7 +234,6 @@ def _key_backward(
     xp, key = kernel.xp, plane.keys[mode]
     largest = nonzero(xp, xp.max(xp.abs(state_gradient)))
     normalised = xp.astype(state_gradient / largest, kernel.dtype)
-    parts = []
     for start, stop in kernel.blocks(key.length):
         raw = key.operand_columns(xp, start, stop)
         columns = kernel.normalise_columns(key.projection.apply(xp, raw), scale)
@@ -233,8 +243,7 @@ def _key_backward(
         adjoint = kernel.adjoint(columns, features, spread)
         read = kernel.product(xp.permute_dims(features, (1, 0)), normalised) * largest
         gradient = kernel.normalise_columns(adjoint, scale) * xp.astype(largest, kernel.dtype)
-        parts.append((raw, gradient, *split_reading(xp, plane, mode, (start, stop), read)))
-    store.add_keys(plane, mode, parts)
+        store.add_keys(plane, mode, start, (raw, gradient, *split_reading(xp, plane, mode, (start, stop), read)))
 
 
 def split_reading(xp: Any, plane: Plane, mode: int, tokens: tuple[int, int], read: Array) -> tuple[Array, Array]:

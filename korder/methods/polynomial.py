@@ -68,6 +68,8 @@ class PolynomialKernel:
         """
         xp, problem = self.xp, self.problem
         known = residuals or {}
+        if problem.batch == 0:
+            return self._nothing(operands)
         centre = known.get("centre")
         if centre is None:
             centre = row_centres(xp, problem, operands, self.polynomial.coefficients)
@@ -100,6 +102,18 @@ class PolynomialKernel:
             magnitude=magnitude,
             residuals=kept.residuals(xp, centre) if save else None,
         )
+
+    def _nothing(self, operands: Operands) -> KernelOutput:
+        """Return the output of a problem without a batch entry."""
+        output, lse, moments = (
+            self.collector(trailing, dtype).result()
+            for trailing, dtype in (
+                ((self.problem.value_width,), operands.query.dtype),
+                ((), None),
+                ((self.polynomial.degree + 1,), None),
+            )
+        )
+        return KernelOutput(output, lse, lse, moments, lse, {})
 
     def readings(
         self, operands: Operands, plane: Plane, scales: Array, states: list[Array], progress: Progress

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from korder.methods.factors import Plane
-from korder.methods.feature_gradients import GradientStore, RowGradients, split_reading
+from korder.methods.feature_gradients import GradientStore, KeyPart, RowGradients, split_reading
 from korder.methods.readings import centred_coefficients, prod_arrays
 from korder.methods.running import Pace, Stream, block_counts, keys_block, runs, stream
 from korder.spi.operands import Operands
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from korder.methods.polynomial import PolynomialKernel
 
 Array = Any
-KeyPart = tuple[Array, Array, Array, Array]
 
 
 def causal_plane_backward(
@@ -34,25 +33,17 @@ def causal_plane_backward(
     pace = Pace.of(kernel, operands, scales)
     carries = [(states[t, ...], states[t, :, -1:]) for t in range(order)]
     flows = [xp.zeros_like(states[t, ...]) for t in range(order)]
-    parts: list[list[KeyPart]] = [[] for _ in range(order)]
-    query_parts: list[list[tuple[Array, Array]]] = [[] for _ in plane.heads]
     for start, stop in reversed(list(kernel.blocks(kernel.problem.queries))):
         streams = [stream(kernel, plane, t, pace, start, stop) for t in range(order)]
         carries = [_before(kernel, carry, part) for carry, part in zip(carries, streams, strict=True)]
         block = _Block(kernel, plane, pace, streams, carries, start, stop)
         flows = block.walk(centre, rows, flows)
-        for found, part in zip(query_parts, block.query_parts(), strict=True):
-            found.append(part)
+        block.store_queries(store)
         for t in range(order):
-            parts[t].append(block.key_part(t))
-    for head, query, found in zip(plane.heads, plane.queries, query_parts, strict=True):
-        for raw, gradient in reversed(found):
-            store.add_query(plane, head, query, raw, gradient)
+            block.store_keys(store, t)
     for t in range(order):
-        early = _early_keys(kernel, plane, t, pace, flows[t])
-        late = _inside(kernel, plane, t, pace, list(reversed(parts[t])))
-        unseen = _unseen(kernel, plane, t, pace)
-        store.add_keys(plane, t, [*early, *late, *unseen])
+        _store_early_keys(kernel, plane, t, pace, flows[t], store)
+        _store_unseen(kernel, plane, t, pace, store)
 
 
 def _before(kernel: PolynomialKernel, carry: tuple[Array, Array], part: Stream) -> tuple[Array, Array]:
@@ -136,24 +127,30 @@ class _Block:
             begun.append(flow + xp.astype(total, xp.float64))
         return begun
 
-    def query_parts(self) -> list[tuple[Array, Array]]:
-        """Return per head the operand's columns and their factor columns' gradient."""
+    def store_queries(self, store: GradientStore) -> None:
+        """Hand over the gradients of the queries."""
         kernel, scale = self.kernel, self.pace.scales[0, ...]
-        found = []
-        for raw, columns, features, parts in zip(
-            self.raws, self.columns, self.features, self._query_gradients, strict=True
+        for head, raw, columns, features, parts in zip(
+            self.plane.heads, self.raws, self.columns, self.features, self._query_gradients, strict=True
         ):
             gradient = kernel.adjoint(columns, features, kernel.xp.concat(parts, axis=0))
-            found.append((raw, kernel.normalise_columns(gradient, scale)))
-        return found
+            store.add_query(self.plane, head, self.start, raw, kernel.normalise_columns(gradient, scale))
 
-    def key_part(self, mode: int) -> KeyPart:
-        """Return the gradients of the keys that this block brought into sight, zeros outside the array included."""
+    def store_keys(self, store: GradientStore, mode: int) -> None:
+        """Hand over the gradients of the keys that this block brought into sight, those inside the array."""
         kernel, pace = self.kernel, self.pace
-        features_gradient = kernel.xp.concat(self._key_gradients[mode], axis=0)
-        tokens = (self.start + pace.shifts[mode], self.stop + pace.shifts[mode])
-        return _key_part(
-            kernel, self.plane, mode, pace, tokens, self.streams[mode], features_gradient, self._reads[mode]
+        first, last = self.start + pace.shifts[mode], self.stop + pace.shifts[mode]
+        low, high = max(first, 0) - first, min(last, self.plane.keys[mode].length) - first
+        if low >= high:
+            return
+        gradient = kernel.xp.concat(self._key_gradients[mode], axis=0)
+        part = _key_part(kernel, self.plane, mode, pace, (first, last), self.streams[mode], gradient, self._reads[mode])
+        raw, columns, values, weights = part
+        store.add_keys(
+            self.plane,
+            mode,
+            first + low,
+            (raw[:, low:high], columns[:, low:high], values[low:high, :], weights[low:high]),
         )
 
 
@@ -174,40 +171,27 @@ def _key_part(
     return raw, gradient, *split_reading(xp, plane, mode, tokens, read * pace.shrinks[mode])
 
 
-def _early_keys(kernel: PolynomialKernel, plane: Plane, mode: int, pace: Pace, flow: Array) -> list[KeyPart]:
-    """Return the gradients of the keys before the first row's own, which every row sees."""
+def _store_early_keys(
+    kernel: PolynomialKernel, plane: Plane, mode: int, pace: Pace, flow: Array, store: GradientStore
+) -> None:
+    """Hand over the gradients of the keys before the first row's own, which every row sees."""
     xp = kernel.xp
     end = min(max(pace.shifts[mode], 0), plane.keys[mode].length)
     narrow = xp.astype(flow, kernel.dtype)
-    found = []
     for start, stop in kernel.blocks(end):
         part = keys_block(kernel, plane, mode, pace, start, stop)
         gradient = xp.matmul(narrow, xp.permute_dims(part.weighted, (1, 0)))
         read = kernel.product(xp.permute_dims(part.features, (1, 0)), narrow)
-        found.append(_key_part(kernel, plane, mode, pace, (start, stop), part, gradient, read))
-    return found
+        store.add_keys(plane, mode, start, _key_part(kernel, plane, mode, pace, (start, stop), part, gradient, read))
 
 
-def _inside(kernel: PolynomialKernel, plane: Plane, mode: int, pace: Pace, parts: list[KeyPart]) -> list[KeyPart]:
-    """Cut the parts of the rows' blocks to the keys that exist."""
-    length, shift = plane.keys[mode].length, pace.shifts[mode]
-    found = []
-    for (start, stop), (raw, gradient, values, weights) in zip(
-        kernel.blocks(kernel.problem.queries), parts, strict=True
-    ):
-        low, high = max(start + shift, 0) - start - shift, min(stop + shift, length) - start - shift
-        if low < high:
-            found.append((raw[:, low:high], gradient[:, low:high], values[low:high, :], weights[low:high]))
-    return found
-
-
-def _unseen(kernel: PolynomialKernel, plane: Plane, mode: int, pace: Pace) -> list[KeyPart]:
-    """Return zeros for the keys after the last row, which nobody sees."""
+def _store_unseen(kernel: PolynomialKernel, plane: Plane, mode: int, pace: Pace, store: GradientStore) -> None:
+    """Hand over zeros for the keys after the last row, which nobody sees."""
     xp, key = kernel.xp, plane.keys[mode]
     start = min(max(kernel.problem.queries + pace.shifts[mode], 0), key.length)
     if start == key.length:
-        return []
+        return
     raw = key.operand_columns(xp, start, key.length)
     gradient = xp.zeros_like(key.projection.apply(xp, raw))
     values = xp.zeros_like(plane.live_values(xp, mode, start, key.length))
-    return [(raw, gradient, values, xp.zeros_like(key.token_weights(xp, start, key.length)))]
+    store.add_keys(plane, mode, start, (raw, gradient, values, xp.zeros_like(key.token_weights(xp, start, key.length))))
