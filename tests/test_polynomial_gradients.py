@@ -46,7 +46,7 @@ def replacing(operands: Operands, name: str, arrays: tuple[Array, ...], t: int) 
 
 
 def check_gradients(case: Case, kernel: str, *, seed: int = 0, chunk: int = 4) -> None:
-    """Compare every gradient with central differences along three random directions each."""
+    """Compare every gradient with central differences along two random directions each."""
     rng = np.random.default_rng(seed)
     plan, saved = run(case, kernel=kernel, chunk=chunk)
     compiled, operands = KERNELS[kernel](xp, plan), case.operands()
@@ -60,7 +60,7 @@ def check_gradients(case: Case, kernel: str, *, seed: int = 0, chunk: int = 4) -
     gradients = compiled.backward(operands, saved, grads, needs=NEEDS)
     for name, array, gradient, put in places(operands, gradients):
         assert gradient.shape == array.shape, name
-        for _ in range(3):
+        for _ in range(2):
             direction = rng.normal(size=array.shape)
             step = GRADIENT_STEP / np.abs(direction).max()
             measured = (loss(put(array + step * direction)) - loss(put(array - step * direction))) / (2 * step)
@@ -68,9 +68,11 @@ def check_gradients(case: Case, kernel: str, *, seed: int = 0, chunk: int = 4) -
             assert abs(measured - np.sum(gradient * direction)) <= 10 * GRADIENT_LIMIT * size, name
 
 
-@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("order", "mask"),
+    [*((order, mask) for order in (1, 2) for mask in MASKS), (3, "full"), (3, "causal_offsets")],
+)
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("mask", MASKS)
 def test_gradients(order: int, variant: str, mask: str) -> None:
     check_gradients(polynomial_case(order, variant, mask, degree=3 if order < 3 else 2, scale=0.2), "numpy", seed=order)
 
