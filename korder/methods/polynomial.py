@@ -129,8 +129,8 @@ class PolynomialKernel:
         table = self.read_table(found, scales)
         for head, query in zip(plane.heads, plane.queries, strict=True):
             for start, stop in self.blocks(query.length):
-                features = self.features(self.scaled(query, scales[0, ...], start, stop))
-                yield head, start, stop, self.read(features, table)
+                columns = self.scaled(query, scales[0, ...], start, stop)
+                yield head, start, stop, self.read(columns, self.features(columns), table)
                 progress.advance(stop - start)
 
     def key_state(self, plane: Plane, mode: int, scales: Array, progress: Progress) -> tuple[Array, Array]:
@@ -141,10 +141,11 @@ class PolynomialKernel:
         state = xp.zeros(shape, dtype=xp.float64, device=device(key.rows))
         absolute = xp.zeros((shape[0], 1), dtype=xp.float64, device=device(key.rows))
         for start, stop in self.blocks(key.length):
-            features = self.features(self.scaled(key, scales[mode + 1, ...], start, stop))
+            columns = self.scaled(key, scales[mode + 1, ...], start, stop)
+            features = self.features(columns)
             weighted = plane.values_and_weights(xp, mode, start, stop)
             state = self.product(features, weighted, state)
-            absolute = self.absolute_product(features, weighted[:, -1:], absolute)
+            absolute = self.absolute_sums(columns, features, weighted[:, -1:], absolute)
             progress.advance(stop - start)
         return state, absolute
 
@@ -182,16 +183,15 @@ class PolynomialKernel:
         product = prod_arrays([scales[t, ...] for t in range(self.problem.order + 1)])
         return counts[:, None] * polynomial_features(xp, self.table, product[:, None])
 
-    def read(self, features: Array, table: ReadTable) -> Reading:
+    def read(self, columns: Array, features: Array, table: ReadTable) -> Reading:
         """Return the means of the score's powers at a block of rows."""
         xp = self.xp
-        sums, absolute = [], []
+        sums = []
         for s in range(self.polynomial.degree + 1):
-            columns = xp.permute_dims(features[self.table.rows(s), :], (1, 0))
-            sums.append(self.product(columns, table.values[s]) * table.factors[s])
-            found = self.absolute_product(columns, table.absolute[s])
-            absolute.append(found[:, 0] * table.absolute_factors[s])
-        return Reading(sums, absolute)
+            rows = xp.permute_dims(features[self.table.rows(s), :], (1, 0))
+            sums.append(self.product(rows, table.values[s]) * table.factors[s])
+        absolute = self.absolute_read(columns, features, table.absolute)
+        return Reading(sums, [x * factor for x, factor in zip(absolute, table.absolute_factors, strict=True)])
 
     def _finish(self, reading: Reading, centre: Array, live: Array) -> tuple[Array, Array, Array, Array]:
         """Return output, mean polynomial, moments and magnitude of a block of rows."""
@@ -292,9 +292,15 @@ class PolynomialKernel:
             total = part if total is None else total + part
         return total
 
-    def absolute_product(self, left: Array, right: Array, total: Array | None = None) -> Array:
-        """Return total + |left| (p, q) @ right (q, 1) as `product` does."""
-        return self.product(self.xp.abs(left), right, total)
+    def absolute_sums(self, columns: Array, features: Array, weights: Array, total: Array | None = None) -> Array:
+        """Return total (r, 1) + the sums over tokens of |features| (r, c) times weights (c, 1), as `product` does."""
+        return self.product(self.xp.abs(features), weights, total)
+
+    def absolute_read(self, columns: Array, features: Array, table: list[Array]) -> list[Array]:
+        """Return, per degree, the sums over features of |features| (r_s, c) times table[s] (r_s, 1): (c,) float64."""
+        xp = self.xp
+        parts = [xp.abs(xp.permute_dims(features[self.table.rows(s), :], (1, 0))) for s in range(len(table))]
+        return [self.product(part, entries)[:, 0] for part, entries in zip(parts, table, strict=True)]
 
     def collector(self, trailing: tuple[int, ...] = (), dtype: Any = None) -> RowCollector:
         """Return what gathers blocks of rows into (b, h, n, ..); float64 when no dtype is named."""

@@ -111,7 +111,7 @@ def advance(kernel: PolynomialKernel, carry: tuple[Array, Array], part: Stream) 
     state, absolute = carry
     return (
         state + kernel.product(part.features, part.weighted),
-        absolute + kernel.absolute_product(part.features, part.weighted[:, -1:]),
+        absolute + kernel.absolute_sums(part.columns, part.features, part.weighted[:, -1:]),
     )
 
 
