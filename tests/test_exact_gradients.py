@@ -168,6 +168,17 @@ class TestEdges:
                 assert_agree(gradient[rest], clean[name][rest], dtype="float64")
 
 
+@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda s: s.name)
+def test_a_nan_value_spares_the_values_it_never_meets(subject: Subject) -> None:
+    case = random_case(2, mask=Ordered(), lengths=(7, 11), groups=4)
+    clean = flat(subject.backward(case, *gradients_of_outputs(case)))
+    case.values[0][0, 1, 4] = np.nan
+    found = flat(subject.backward(case, *gradients_of_outputs(case)))
+    # Key 4 of the first mode stands with later keys of the second only.
+    assert np.isnan(found["values[1]"][0, 1, 5:]).all()
+    assert_agree(found["values[1]"][0, 1, :5], clean["values[1]"][0, 1, :5], dtype="float64")
+
+
 def test_memory_of_a_backward_stays_bounded() -> None:
     import tracemalloc
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from korder.planning.cost import exact_cost, live_share
+from korder.planning.explain import size
 from korder.planning.expression import COLUMNS, MODES
 from korder.planning.memory import backward_workspace, contracted_width, fold_steps
 from korder.planning.plan import ContractionStep, Plan, Tiling
@@ -38,8 +39,8 @@ def tile_steps(problem: Problem, tiling: Tiling) -> tuple[ContractionStep, ...]:
     last = MODES[tiling.contracted]
     column = COLUMNS[tiling.contracted] if problem.weight == "full" else "l"
     rows = tiling.queries
-    for size in tiling.folded:
-        rows *= size
+    for count in tiling.folded:
+        rows *= count
     scores = rows * tiling.keys
     width, values = contracted_width(problem, tiling), problem.value_width
     return (
@@ -50,7 +51,7 @@ def tile_steps(problem: Problem, tiling: Tiling) -> tuple[ContractionStep, ...]:
 
 
 def _notes(problem: Problem, tiling: Tiling) -> tuple[str, ...]:
-    notes = [f"backward works in {backward_workspace(problem, tiling, in_place=True)} bytes"]
+    notes = [f"backward works in {size(backward_workspace(problem, tiling, in_place=True))}"]
     if problem.spec.mask.kind != "full":
         notes.append(f"{live_share(problem):.1%} of the tuples are live; tiles without any are skipped")
     return tuple(notes)
