@@ -15,8 +15,8 @@ from korder.planning.plan import Tiling
 from korder.problem import Problem
 from korder.spec.masks import Full, Window
 
-TILE_SCORES = 2**18
-"""Scores in a tile: enough rows for a matrix product to pay, few enough to stay in a cache of a megabyte."""
+TILE_SCORES = 2**19
+"""Scores in a tile: enough rows for a matrix product to pay, few enough to stay in a cache near the core."""
 MAX_KEYS = 1024
 """Contracted keys in a tile; more of them leave too few rows."""
 FOLDED_QUERIES = 64
