@@ -47,8 +47,10 @@ def column_peaks(xp: Any, factor: Factor) -> Array:
     largest = xp.abs(factor.columns(xp, -1, 0))[:, 0]
     for start in range(0, factor.length, TOKENS):
         columns = xp.abs(factor.columns(xp, start, min(start + TOKENS, factor.length)))
-        finite = xp.where(xp.isfinite(columns), columns, xp.zeros_like(columns))
-        largest = xp.maximum(largest, xp.max(finite, axis=1))
+        peaks = xp.max(columns, axis=1)
+        if not bool(xp.all(xp.isfinite(peaks))):
+            peaks = xp.max(xp.where(xp.isfinite(columns), columns, xp.zeros_like(columns)), axis=1)
+        largest = xp.maximum(largest, peaks)
     return xp.astype(largest, xp.float64)
 
 

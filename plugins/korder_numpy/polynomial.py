@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,7 @@ class NumpyPolynomialKernel(PolynomialKernel):
         weighted = (np.abs(columns) * weights[:, 0]).T
         pairs = self.product(lower[self.table.rows(degree - 1)], weighted)
         rows = result[self.table.rows(degree), 0]
-        for first, (start, place) in enumerate(self._top_rows()):
+        for first, (start, place) in enumerate(self._top_rows):
             rows[place] += pairs[start:, first]
         return result
 
@@ -112,11 +113,12 @@ class NumpyPolynomialKernel(PolynomialKernel):
             return found
         parents = lower[self.table.rows(degree - 1)]
         pairs = np.zeros((parents.shape[0], self.table.width), dtype=features.dtype)
-        for first, (start, place) in enumerate(self._top_rows()):
+        for first, (start, place) in enumerate(self._top_rows):
             pairs[start:, first] = table[degree][place, 0]
         spread = self.product(parents.T, pairs)
         return [*found, np.einsum("cl,lc->c", spread, np.abs(columns))]
 
+    @cached_property
     def _top_rows(self) -> list[tuple[int, slice]]:
         """Return, for each first variable, where its parents begin and which rows of the highest degree it fills."""
         starts, positions = self.table.starts[self.table.degree - 1], self.table.starts[self.table.degree]
