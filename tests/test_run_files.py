@@ -8,7 +8,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from korder.errors import SpecError
@@ -75,6 +75,7 @@ datas = st.one_of(
 )  # fmt: skip
 
 
+@example({"kind": "arrays", "path": "\x85"}, {"kind": "exact"}, ".yaml", "\x85")
 @given(datas, methods, st.sampled_from([".toml", ".json", ".yaml"]), st.text(st.characters(codec="utf-8"), min_size=1))
 def test_what_is_written_reads_back_equal(data: object, method: object, suffix: str, directory: str) -> None:
     content = changed(data=data, attention={"order": 2, "method": method}, output={"directory": directory})

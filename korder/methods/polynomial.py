@@ -179,7 +179,8 @@ class PolynomialKernel:
     def monomial_weights(self, scales: Array) -> Array:
         """Return multiplicities times the product of all column scales to the monomial's power: (r, 1) float64."""
         xp = self.xp
-        counts = xp.asarray(multinomials(self.table), dtype=xp.float64, device=device(scales))
+        # a copy, because not every library takes memory that it may not write to
+        counts = xp.asarray(multinomials(self.table).copy(), dtype=xp.float64, device=device(scales))
         product = prod_arrays([scales[t, ...] for t in range(self.problem.order + 1)])
         return counts[:, None] * polynomial_features(xp, self.table, product[:, None])
 

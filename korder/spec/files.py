@@ -223,7 +223,7 @@ def format_run(run: SpecModel, suffix: str = ".toml") -> str:
     if suffix in (".yaml", ".yml"):
         import yaml
 
-        return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+        return str(yaml.safe_dump(content, sort_keys=False))
     return _toml_document(content)
 
 
