@@ -194,8 +194,8 @@ def merge(results: Sequence[Result]) -> Result:
     parts = tuple(results)
     _check_parts(parts)
     xp = namespace_of_kind(array_kind(parts[0].output))
-    output, lse, weights = merging.merge_outputs(xp, [part.output for part in parts], [part.lse for part in parts])
-    return Result(output, lse, merging.merge_certificates(xp, parts, weights))
+    output, lse = merging.merge_outputs(xp, [part.output for part in parts], [part.lse for part in parts])
+    return Result(output, lse, merging.merge_certificates(xp, parts, lse))
 
 
 def _check_parts(parts: tuple[Result, ...]) -> None:

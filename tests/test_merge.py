@@ -32,10 +32,11 @@ def test_parts_make_the_whole(order: int) -> None:
         assert merged.certificate is None
 
 
-def test_a_part_without_tuples_does_not_matter() -> None:
+@pytest.mark.parametrize("held", [np.nan, np.inf, 7.0])
+def test_a_part_without_tuples_does_not_matter(held: float) -> None:
     case = random_case(2, seed=21)
     whole = korder.attend_result(case.query, case.keys, case.values)
-    nothing = korder.Result(np.full_like(whole.output, np.nan), np.full_like(whole.lse, -np.inf))
+    nothing = korder.Result(np.full_like(whole.output, held), np.full_like(whole.lse, -np.inf))
     merged = korder.merge([nothing, whole, nothing])
     np.testing.assert_array_equal(merged.output, whole.output)
     np.testing.assert_array_equal(merged.lse, whole.lse)
@@ -84,3 +85,28 @@ def test_parts_must_fit() -> None:
     narrow = korder.Result(a.output.astype("float32"), a.lse)
     with pytest.raises(OperandError, match=r"output of results\[1\]"):
         korder.merge([a, narrow])
+
+
+def certified(output: float, lse: float, lse_bound: float) -> korder.Result:
+    def row(value: float) -> np.ndarray:
+        return np.full((1, 1, 1), value)
+
+    certificate = korder.Certificate(row(0.1), row(0.1), row(0.0), row(lse_bound), np.zeros((1, 1, 1, 2)), "sup")
+    return korder.Result(np.full((1, 1, 1, 2), output), row(lse), certificate)
+
+
+def test_a_part_that_came_out_weightless_may_be_the_one_that_is_wrong() -> None:
+    """Its true lse may be as high as the other's, so its output counts in full."""
+    merged = korder.merge([certified(0.0, 0.0, 0.0), certified(5.0, -800.0, np.inf)])
+    assert merged.certificate is not None
+    assert merged.certificate.bound.item() >= 5.0
+    assert merged.certificate.lse_bound.item() == np.inf
+    near = korder.merge([certified(0.0, 0.0, 0.0), certified(5.0, -800.0, 1e-3)]).certificate
+    assert near is not None
+    assert 0.1 < near.bound.item() < 0.1 + 5e-3
+
+
+def test_one_part_alone_is_not_moved_by_its_own_lse() -> None:
+    alone = korder.merge([certified(3.0, 0.0, 2.0), certified(9.0, -np.inf, 0.0)])
+    assert alone.certificate is not None
+    assert alone.certificate.bound.item() == pytest.approx(0.1, rel=1e-12)
