@@ -117,6 +117,15 @@ def test_a_causal_polynomial_run_measures_the_right_rows() -> None:
     assert max(json.loads(result.stdout)["measured_rows"]["errors"]) < 1e-4
 
 
+def test_a_tolerance_met_by_the_exact_method_leaves_nothing_to_estimate() -> None:
+    method = "attention.method={kind='polynomial', tolerance=1e-6, on_exceed='exact', estimate_rows=3}"
+    result = call("run", write(), "--set", method, "--set", "attention.scale=40.0", "--format", "json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert record["certificate"] is record["measured_rows"] is record["exact_would_need"] is None
+    assert record["warnings"] == ["the exact method ran; nothing to estimate"]
+
+
 @pytest.mark.parametrize("method", ["{kind='exact'}", "{kind='polynomial', degree=2, estimate_rows=4}"])
 @pytest.mark.parametrize("empty", ["query", "key"])
 def test_empty_operands_run(method: str, empty: str) -> None:

@@ -69,6 +69,20 @@ def test_the_polynomial_method_refuses_the_quickstart() -> None:
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize("degree", [4, 8])
+def test_a_degree_too_low_for_the_quickstart_is_judged_by_its_own_answer(degree: int) -> None:
+    status, text = run("quickstart.toml", f"attention.method={{kind='polynomial', degree={degree}}}")
+    assert status == 1, text
+    assert "FAIL  cards: " in text
+    assert "certificate (" in text
+
+
+@pytest.mark.parametrize("lse", [-np.inf, 0.0, 60.0, 1e30])
+def test_cards_match_no_more_often_than_there_are_tuples(lse: float) -> None:
+    counts = set_cards.matches(np.full(12, lse, "float32"))
+    assert ((counts >= -1) & (counts < 144)).all()
+
+
 def test_long_text_at_a_small_size() -> None:
     status, text = run("long_text.toml", "data.tokens=1009", "attention.method.estimate_rows=7")
     assert status == 0, text

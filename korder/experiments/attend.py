@@ -184,6 +184,11 @@ def _check_output(report: Report) -> None:
 def _measure_against_exact(report: Report, inputs: Inputs, progress: Progress) -> None:
     spec = report.run.attention
     problem = report.plan.problem
+    assert spec.polynomial is not None
+    if report.result.certificate is None:
+        if spec.polynomial.estimate_rows:
+            report.warnings.append("the exact method ran; nothing to estimate")
+        return
     try:
         plan = candidate_plans(replace(problem, spec=spec.model_copy(update={"method": Exact()}), statistics=None))[0]
     except UnsupportedProblemError as error:
@@ -191,7 +196,6 @@ def _measure_against_exact(report: Report, inputs: Inputs, progress: Progress) -
         return
     progress.stage("measuring this machine")
     report.exact_need = ExactNeed(plan, matmul_rate(problem.accumulation))
-    assert spec.polynomial is not None
     if spec.polynomial.estimate_rows and problem.batch * problem.heads * problem.queries:
         with _timed(report.timings, "measured_rows_seconds"):
             report.measured = _measure_rows(report, inputs, spec.polynomial.estimate_rows, progress)
@@ -233,7 +237,9 @@ def _answer_set_cards(report: Report, data: SetCardsData, inputs: Inputs) -> Non
     cards = set_cards.deal(data)
     lse = to_numpy(report.result.lse)
     count = int(max(set_cards.matches(lse).max(), 0)) + 1
-    tuples, _ = korder.top_tuples(inputs.query, inputs.keys, spec=report.run.attention, count=count)
+    # The method that ran is judged by its lse; only the exact method can name the tuples.
+    exact = report.run.attention.model_copy(update={"method": Exact()})
+    tuples, _ = korder.top_tuples(inputs.query, inputs.keys, spec=exact, count=count)
     found, truth = set_cards.verdict(lse, to_numpy(tuples)), set_cards.brute_force(cards)
     report.verdict = found
     report.answer += [f"{i + 1:>3}  {set_cards.describe(card)}" for i, card in enumerate(cards)]

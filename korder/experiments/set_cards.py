@@ -84,10 +84,11 @@ def matches(lse: FloatArray) -> NDArray[np.int64]:
     """Return for each card the number of its matching tuples, itself taken three times not counted.
 
     exp(lse - highest score) is that number, plus 1 because a card taken three times sums to 0 as well, plus at most
-    1/4 from all others. Each SET counts twice, its two other cards in either order.
+    1/4 from all others. Each SET counts twice, its two other cards in either order. A method that is far off may give
+    any lse; no card matches more often than there are tuples.
     """
-    excess = np.exp(lse.astype(np.float64) - len(ATTRIBUTES) * sharpness(len(lse)))
-    return np.floor(excess - 0.5).astype(np.int64)
+    excess = lse.astype(np.float64) - len(ATTRIBUTES) * sharpness(len(lse))
+    return np.floor(np.exp(np.minimum(excess, 2 * log(len(lse)))) - 0.5).astype(np.int64)
 
 
 def verdict(lse: FloatArray, tuples: NDArray[np.integer]) -> Verdict:
