@@ -7,10 +7,19 @@ from dataclasses import replace
 from typing import Any
 
 from korder.dispatch import rows
-from korder.dispatch.arrays import Given, array_kind, dtype_name, namespace_of_kind, read_operands, to_kernel_layout
+from korder.dispatch.arrays import (
+    Given,
+    array_kind,
+    checked_backend_name,
+    dtype_name,
+    namespace_of_kind,
+    read_operands,
+    resolve_spec,
+    to_kernel_layout,
+)
 from korder.dispatch.registry import BackendStatus, default_registry
 from korder.dispatch.run import Outcome, Request, run
-from korder.errors import OperandError, ShapeError, SpecError
+from korder.errors import OperandError, ShapeError
 from korder.methods import merging
 from korder.planning.candidates import candidate_plans
 from korder.planning.plan import Plan
@@ -133,7 +142,7 @@ def plan(
     Shapes: as `attend`, given as tuples of integers.
     Raises: ShapeError, SpecError, UnsupportedProblemError: as `attend`.
     """
-    spec = spec if spec is not None else AttentionSpec(order=len(keys))
+    spec = resolve_spec(spec, len(keys), weighted=weight is not None)
     shapes = Shapes(
         query=tuple(query),
         keys=tuple(tuple(key) for key in keys),
@@ -260,12 +269,7 @@ def _request(
         query_offset=query_offset,
         key_offsets=key_offsets,
     )
-    if spec is None:
-        spec = AttentionSpec(order=max(len(given.keys), 1), score="khatri_rao" if weight is None else "kronecker")
-    elif not isinstance(spec, AttentionSpec):
-        raise SpecError("spec must be an AttentionSpec.", expected="korder.AttentionSpec(...)", got=type(spec).__name__)
-    if not isinstance(backend, str):
-        raise OperandError("backend must be a name.", expected='a name, or "auto"', got=repr(backend))
+    spec, backend = resolve_spec(spec, len(given.keys), weighted=weight is not None), checked_backend_name(backend)
     problem = make_problem(spec, given.shapes, given.dtype, given.device, statistics)
     request = Request(problem, to_kernel_layout(given, spec), given.kind, backend)
     method = spec.polynomial

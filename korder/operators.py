@@ -56,11 +56,16 @@ class LazyOperator:
         raise NotImplementedError
 
     def __matmul__(self, right: Any) -> Any:
-        rows = right.shape[0]
-        if rows != self.shape[1]:
+        if isinstance(right, LazyOperator):
+            fits = right.shape[0] == self.shape[1]
+        elif not hasattr(right, "shape"):
+            return NotImplemented
+        else:
+            fits = len(right.shape) in (1, 2) and right.shape[0] == self.shape[1]
+        if not fits:
             raise ShapeError(
                 "the operands of @ do not fit.",
-                expected=f"{self.shape[1]} rows on the right of {self!r}",
+                expected=f"a vector or matrix with {self.shape[1]} rows on the right of {self!r}",
                 got=f"shape {tuple(right.shape)}",
             )
         if isinstance(right, LazyOperator):
@@ -70,7 +75,16 @@ class LazyOperator:
         return self._apply(right)
 
     def __rmatmul__(self, left: Array) -> Array:
-        if left.ndim == 1:
+        shape = getattr(left, "shape", None)
+        if shape is None:
+            return NotImplemented
+        if len(shape) not in (1, 2) or shape[-1] != self.shape[0]:
+            raise ShapeError(
+                "the operands of @ do not fit.",
+                expected=f"a vector or matrix with {self.shape[0]} columns on the left of {self!r}",
+                got=f"shape {tuple(shape)}",
+            )
+        if len(shape) == 1:
             return self.T @ left
         return (self.T @ left.T).T
 
@@ -224,4 +238,8 @@ class TransposedKhatriRao(LazyOperator):
             if len(self.factors) == len(right.factors) and all(same):
                 grams = (a.T @ b for a, b in zip(self.factors, right.factors, strict=True))
                 return reduce(lambda x, y: x * y, grams)
+        if isinstance(right, Kronecker):
+            pairs = list(zip(self.factors, right.factors, strict=False))
+            if len(self.factors) == len(right.factors) and all(a.shape[0] == b.shape[0] for a, b in pairs):
+                return KhatriRao(*(b.T @ a for a, b in pairs)).T
         return super()._compose(right)

@@ -228,11 +228,11 @@ def _head_layout(shapes: Shapes) -> tuple[Shape, int, int]:
                 expected=f"{groups} heads, as in keys[0].shape == {shapes.keys[0]}",
                 got=f"{shape[-3]} heads in {name}.shape == {shape}",
             )
-    if groups == 0 or heads % groups:
+    if groups == 0 or heads == 0 or heads % groups:
         raise ShapeError(
             "the number of key/value heads must divide the number of query heads.",
             code="heads-mismatch",
-            expected=f"a divisor of h = {heads}",
+            expected=f"a divisor of h = {heads}, both at least 1",
             got=f"g = {groups}",
             hint="query head i reads key/value head i // (h // g).",
         )

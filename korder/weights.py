@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from korder.dispatch.arrays import Given, array_kind, namespace_of_kind, read_operands, to_kernel_layout
+from korder.dispatch.arrays import (
+    Given,
+    array_kind,
+    checked_backend_name,
+    namespace_of_kind,
+    read_operands,
+    resolve_spec,
+    to_kernel_layout,
+)
 from korder.dispatch.prepare import prepare
 from korder.dispatch.registry import default_registry
 from korder.errors import OperandError, SpecError, UnsupportedProblemError
@@ -56,7 +64,7 @@ def marginals(
     problem = replace(problem, biases=("full",) * problem.order)
     operands = replace(operands, biases=_full_biases(xp, problem, operands))
     registry = default_registry()
-    kernel = prepare(registry, problem, given.kind, backend).kernel
+    kernel = prepare(registry, problem, given.kind, checked_backend_name(backend), backward=True).kernel
     saved = kernel.forward(operands, save=True)
     # A row with nothing to attend to has lse = -inf and, by the contract, zero gradients.
     gradients = OutputGradients(xp.zeros_like(saved.output), xp.ones_like(saved.lse))
@@ -99,8 +107,7 @@ def _exact_request(
         query_offset=query_offset,
         key_offsets=key_offsets,
     )
-    if spec is None:
-        spec = AttentionSpec(order=max(len(given.keys), 1), score="khatri_rao" if weight is None else "kronecker")
+    spec = resolve_spec(spec, len(given.keys), weighted=weight is not None)
     if not isinstance(spec.method, Exact):
         raise UnsupportedProblemError(
             f"{caller} are those of the exact method.",

@@ -232,6 +232,13 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no keys": ({"keys": (), "values": ()}, ShapeError, "at least one key"),
     "offsets": ({"key_offsets": (1, 2)}, ShapeError, "key_offsets"),
     "shapes": ({"values": (X[:4],)}, ShapeError, "keys[0] and values[0]"),
+    "fractional offset": ({"query_offset": 1.5}, OperandError, "query_offset must be an integer"),
+    "text offset": ({"key_offsets": ("a",)}, OperandError, "key_offsets[0] must be an integer"),
+    "offset not in a tuple": ({"key_offsets": np.int64(1)}, ShapeError, "key_offsets"),
+    "masked array": ({"query": np.ma.masked_array(X)}, OperandError, "MaskedArray"),
+    "matrix": ({"query": X.view(np.matrix)}, OperandError, "matrix"),
+    "no heads": ({"query": X[None, :0, None], "keys": (X[None, :1, None],), "values": (X[None, :1, None],)},
+                 ShapeError, "both at least 1"),
 }  # fmt: skip
 
 
@@ -265,3 +272,73 @@ def test_kernel_layout_does_not_copy() -> None:
     operands = to_kernel_layout(given, AttentionSpec(order=2))
     assert operands.query is case.query
     assert np.shares_memory(operands.keys[1], case.keys[1])
+
+
+def test_an_array_of_a_users_own_class_is_of_the_kind_it_derives_from() -> None:
+    class Named(np.ndarray):
+        pass
+
+    case = random_case(1, seed=14)
+    found = korder.attend(case.query.view(Named), case.keys, case.values)
+    np.testing.assert_array_equal(np.asarray(found), korder.attend(case.query, case.keys, case.values))
+
+
+def test_numpy_integers_are_offsets() -> None:
+    case = random_case(1, seed=15, mask=Causal())
+    options = {"spec": case.spec, "query_offset": np.int64(3), "key_offsets": (np.int32(-1),)}
+    found = korder.attend(case.query, case.keys, case.values, **options)
+    expected = korder.attend(case.query, case.keys, case.values, spec=case.spec, query_offset=3, key_offsets=(-1,))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_no_queries_give_no_rows_to_estimate() -> None:
+    x = np.ones((3, 2))
+    spec = AttentionSpec(order=1, method=Polynomial(degree=2, estimate_rows=4))
+    result = korder.attend_result(x[:0], (x,), (x,), spec=spec)
+    assert result.certificate is not None
+    assert (result.output.shape, result.certificate.estimate.shape) == ((0, 2), (0, 2))
+
+
+def test_the_exact_method_stands_in_when_no_degree_fits_the_memory() -> None:
+    case = random_case(2, seed=16, query_width=40, value_width=64, lengths=(7, 5))
+    method = Polynomial(degree=4, tolerance=0.5, on_exceed="exact")
+    spec = AttentionSpec(order=2, method=method, policy={"memory_limit": "2MiB"})
+    result = korder.attend_result(case.query, case.keys, case.values, spec=spec)
+    assert result.provenance is not None
+    assert result.provenance.plan.method == "exact"
+
+
+def test_who_was_turned_down_is_in_the_provenance(monkeypatch: pytest.MonkeyPatch) -> None:
+    from korder import api
+    from korder.dispatch.registry import Registry
+    from tests.test_dispatch import Stub
+
+    own = Registry.from_entry_points()
+    own.register(Stub("picky", 300, orders=(1,)))
+    monkeypatch.setattr(api, "default_registry", lambda: own)
+    case = random_case(2, seed=9, spread=0.6, queries=13, lengths=(31, 29))
+    spec = AttentionSpec(order=2, method=Polynomial(tolerance=1e-3))
+    provenance = korder.attend_result(case.query, case.keys, case.values, spec=spec).provenance
+    assert provenance is not None
+    assert len(provenance.rejected) == len(provenance.replanned) + 1, "once for every degree that was tried"
+    assert {rejection.backend for rejection in provenance.rejected} == {"picky"}
+    assert "of degree" in provenance.rejected[0].plan
+
+
+def test_a_spec_of_the_wrong_type_is_said_so_everywhere() -> None:
+    for call in (
+        lambda: korder.plan("x", query=(5, 3), keys=[(5, 3)], values=[(5, 3)]),
+        lambda: korder.marginals(X, (X,), spec="x"),
+        lambda: korder.top_tuples(X, (X,), count=1, spec="x"),
+        lambda: korder.measure(X, (X,), (X,), spec="x"),
+    ):
+        with pytest.raises(SpecError, match="spec must be"):
+            call()
+
+
+def test_plans_and_calls_infer_the_same_spec() -> None:
+    shape = (5, 3)
+    plan = korder.plan(query=shape, keys=[shape], values=[shape], weight=(3, 3))[0]
+    assert plan.problem.spec.score == "kronecker"
+    with pytest.raises(ShapeError, match="at least one key"):
+        korder.plan(query=shape, keys=[], values=[])

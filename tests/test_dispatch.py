@@ -132,6 +132,16 @@ def test_availability_that_hangs_is_given_up_on(monkeypatch: pytest.MonkeyPatch)
     never.set()
 
 
+def test_a_backend_without_a_backward_is_not_chosen_for_one() -> None:
+    forward_only = Stub("a", 9)
+    with pytest.raises(UnsupportedProblemError, match=r"pass=backward \(supported: forward"):
+        select(registered(forward_only), plans(), array_kind="numpy", backward=True)
+    problem = plans()[0].problem
+    assert prepare(registered(forward_only), problem, "numpy").selection.backend is forward_only
+    with pytest.raises(UnsupportedProblemError, match="pass=backward"):
+        prepare(registered(forward_only), problem, "numpy", backward=True)
+
+
 def test_environment_and_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     found = registered(Stub("a", 5), Stub("b", 1))
     monkeypatch.setenv("KORDER_BACKEND", "b")
@@ -139,6 +149,8 @@ def test_environment_and_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert select(found, plans(), array_kind="numpy", requested="a").backend.name == "a"
     with pytest.raises(SpecError, match="'b' is not among"):
         select(found, plans(policy=Policy(backends=("a",))), array_kind="numpy")
+    monkeypatch.setenv("KORDER_BACKEND", "")
+    assert select(found, plans(), array_kind="numpy").backend.name == "a"
     monkeypatch.delenv("KORDER_BACKEND")
     assert select(found, plans(policy=Policy(backends=("b",))), array_kind="numpy").backend.name == "b"
     with pytest.raises(UnknownBackendError):
@@ -194,7 +206,27 @@ def old() -> Backend:
     return backend
 
 
+def exits() -> Any:
+    raise SystemExit("no licence")
+
+
+def altered(**attributes: Any) -> Backend:
+    backend = Stub("odd")
+    for name, value in attributes.items():
+        setattr(backend, name, value)
+    return backend
+
+
+def unable() -> Any:
+    raise RuntimeError("no device table")
+
+
 BROKEN = {
+    "import exits": (exits, "no licence"),
+    "capabilities raise": (lambda: plugin(altered(capabilities=unable)), "no device table"),
+    "capabilities wrong": (lambda: plugin(altered(capabilities=dict)), "a Capabilities"),
+    "priority": (lambda: plugin(altered(priority="high")), "an integer"),
+    "array kinds": (lambda: plugin(altered(array_kinds="numpy")), "a frozenset"),
     "import": (broken_import, "libfast.so is missing"),
     "hook raises": (lambda: plugin(RuntimeError("boom")), "boom"),
     "misspelt hook": (lambda: plugin(Stub("x"), hook="korder_backend"), "korder_backend"),

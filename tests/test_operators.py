@@ -78,6 +78,13 @@ def test_kronecker_composes_factor_by_factor() -> None:
     close(swapped.to_dense(), dense_kronecker(*outer) @ dense_khatri_rao(*columns))
 
 
+def test_a_transposed_khatri_rao_takes_a_kronecker_factor_by_factor() -> None:
+    columns, factors = matrices((3, 4), (5, 4)), matrices((3, 2), (5, 6))
+    product = KhatriRao(*columns).T @ Kronecker(*factors)
+    assert not isinstance(product, np.ndarray)
+    close(product.to_dense(), dense_khatri_rao(*columns).T @ dense_kronecker(*factors))
+
+
 def test_factors_that_do_not_pair_are_multiplied_all_the_same() -> None:
     left, right = Kronecker(*matrices((3, 4), (5, 3))), Kronecker(*matrices((6, 2), (2, 2)))
     close(left @ right, left.to_dense() @ right.to_dense())
@@ -110,3 +117,11 @@ def test_what_does_not_fit() -> None:
     with pytest.raises(ShapeError, match="do not fit") as caught:
         _ = KhatriRao(*matrices((3, 4), (5, 4))) @ np.ones((5, 2))
     assert "4 rows" in (caught.value.expected or "")
+    operator = KhatriRao(*matrices((3, 4), (5, 4)))
+    for wrong in (np.float64(2.0), np.ones((2, 4, 3))):
+        with pytest.raises(ShapeError, match="do not fit"):
+            _ = operator @ wrong
+        with pytest.raises(ShapeError, match="do not fit"):
+            _ = wrong @ operator
+    with pytest.raises(TypeError, match="unsupported operand"):
+        _ = operator @ [1.0, 2.0, 3.0, 4.0]

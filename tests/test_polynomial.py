@@ -11,11 +11,12 @@ import array_api_strict
 import numpy as np
 import pytest
 
+import korder
 from korder.errors import AccuracyError
 from korder.methods.certificates import certify
 from korder.methods.statistics import measure
 from korder.spec import AttentionSpec, Causal, Polynomial
-from korder.spi import NEEDS, OutputGradients
+from korder.spi import NEEDS, PROGRESS, OutputGradients
 from tests.limits import RATIO, error, unit
 from tests.oracle_polynomial import dense_exact, dense_polynomial
 from tests.polynomial_cases import KERNELS, MASKS, VARIANTS, centre_of, plan_of, polynomial_case, run, xp
@@ -245,8 +246,11 @@ def test_progress_goes_to_one() -> None:
     case = polynomial_case(2, "plain", "causal", degree=2, queries=40, lengths=(37, 29))
     kernel = KERNELS["numpy"](xp, plan_of(case, chunk=8))
     seen: list[float] = []
-    kernel.progress = seen.append
-    kernel.forward(case.operands(), save=False)
+    token = PROGRESS.set(seen.append)
+    try:
+        kernel.forward(case.operands(), save=False)
+    finally:
+        PROGRESS.reset(token)
     assert seen == sorted(seen)
     assert len(seen) > 10
     assert seen[-1] == 1.0
@@ -272,6 +276,26 @@ def test_threads_share_a_kernel() -> None:
         thread.join()
     for place, output in enumerate(expected):
         np.testing.assert_array_equal(found[place], output)
+
+
+def test_calls_leave_no_memory_behind() -> None:
+    rng = np.random.default_rng(0)
+    spec = AttentionSpec(order=2, method=Polynomial(degree=4))
+
+    def call(n: int) -> None:
+        query, *keys_and_values = (rng.normal(size=(n, 8)).astype(np.float32) * 0.1 for _ in range(5))
+        korder.attend(query, keys_and_values[:2], keys_and_values[2:], spec=spec, backend="numpy")
+
+    call(300)
+    tracemalloc.start()
+    call(301)
+    base, peak = tracemalloc.get_traced_memory()
+    for n in range(302, 312):
+        call(n)
+    left = tracemalloc.get_traced_memory()[0] - base
+    tracemalloc.stop()
+    assert peak > 500_000
+    assert left < 0.2 * peak  # ten plans and kernels, but not the block of features of any
 
 
 @pytest.mark.parametrize("mask", [None, Causal()])

@@ -24,6 +24,7 @@ WRONG = [
     ({"order": 2, "method": {"kind": "polynomial", "degree": 2, "interval": 1.0}}, "method", "", "interval"),
     ({"order": 2, "method": {"kind": "magic"}}, "method", "polynomial", "magic"),
     ({"order": 2, "policy": {"memory_limit": -1}}, "policy.memory_limit", "", "-1"),
+    ({"order": 2, "policy": {"backends": []}}, "policy.backends", "", "[]"),
     ({"order": 2, "policy": {"memory_limit": "12 parsecs"}}, "policy.memory_limit", "", "12 parsecs"),
 ]
 

@@ -116,3 +116,14 @@ def test_only_the_exact_method_has_weights_to_show() -> None:
         korder.top_tuples(case.query, case.keys, count=1, spec=spec)
     with pytest.raises(korder.SpecError, match="count"):
         korder.top_tuples(case.query, case.keys, count=0)
+
+
+def test_a_query_that_sees_nan_has_no_winner_and_the_others_have() -> None:
+    case = random_case(2, seed=34, mask=Causal(), batch=1, heads=1, groups=1, queries=5, lengths=(5, 5))
+    keys = [key.copy() for key in case.keys]
+    keys[1][0, 0, 3] = np.nan
+    indices, probabilities = korder.top_tuples(case.query, keys, count=2, spec=case.spec)
+    clean = korder.top_tuples(case.query, case.keys, count=2, spec=case.spec)
+    assert np.isnan(probabilities[0, 0, 3:]).all()
+    np.testing.assert_array_equal(indices[0, 0, :3], clean[0][0, 0, :3])
+    np.testing.assert_array_equal(probabilities[0, 0, :3], clean[1][0, 0, :3])

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from typing import Any
 
-from korder.errors import OperandError, ShapeError
+from korder.errors import OperandError, ShapeError, SpecError
 from korder.problem import Shapes
-from korder.spec import AttentionSpec, Full
+from korder.spec import MAX_ORDER, AttentionSpec, Full
 from korder.spi.operands import Operands
 
 Array = Any
 _ROOTS = {"jaxlib": "jax", "jax": "jax"}
+_NOT_PLAIN = ("MaskedArray", "matrix")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +39,16 @@ class Given:
 
 @lru_cache(maxsize=64)
 def _kind_of_type(kind: type) -> str | None:
-    root = kind.__module__.split(".")[0]
-    if root in ("numpy", "torch", *_ROOTS):
-        return _ROOTS.get(root, root) if hasattr(kind, "shape") and hasattr(kind, "dtype") else None
-    return root if hasattr(kind, "__array_namespace__") else None
+    if not (hasattr(kind, "shape") and hasattr(kind, "dtype")):
+        return None
+    # A subclass written by a user is of the kind of the library's class that it derives from.
+    roots = [base.__module__.split(".")[0] for base in kind.__mro__]
+    if any(base.__name__ in _NOT_PLAIN and base.__module__.startswith("numpy") for base in kind.__mro__):
+        return None  # numpy's masked arrays hide values, its matrices change what indexing means
+    for root in roots:
+        if root in ("numpy", "torch", *_ROOTS):
+            return _ROOTS.get(root, root)
+    return roots[0] if hasattr(kind, "__array_namespace__") else None
 
 
 def array_kind(array: Array, name: str = "the operand") -> str:
@@ -123,7 +131,8 @@ def read_operands(
             _check_same(f"key_masks[{t}]", mask, kind, "bool", device)
     offsets_given = query_offset is not None or key_offsets is not None
     return Given(
-        query, keys, values, weight, biases, key_masks, query_offset, _offsets(key_offsets, len(keys)),
+        query, keys, values, weight, biases, key_masks,
+        _offset("query_offset", query_offset), _offsets(key_offsets, len(keys)),
         Shapes(
             query=tuple(query.shape),
             keys=tuple(tuple(key.shape) for key in keys),
@@ -148,17 +157,31 @@ def _modes(arrays: Any, name: str) -> tuple[Any, ...]:
     )
 
 
-def _offsets(offsets: Sequence[int] | None, order: int) -> tuple[int, ...] | None:
+def _offset(name: str, offset: Any) -> int | None:
+    if offset is None:
+        return None
+    try:
+        return operator.index(offset)
+    except TypeError:
+        raise OperandError(
+            f"{name} must be an integer: the position of the first element.",
+            code="offset-not-an-integer",
+            expected="an integer",
+            got=f"{offset!r} of type {type(offset).__name__}",
+        ) from None
+
+
+def _offsets(offsets: Any, order: int) -> tuple[int, ...] | None:
     if offsets is None:
         return None
-    if isinstance(offsets, int) or len(offsets) != order:
+    if not isinstance(offsets, Sequence) or len(offsets) != order:
         raise ShapeError(
             "key_offsets must have one entry per mode.",
             code="modes-mismatch",
             expected=f"{order} integers",
             got=repr(offsets),
         )
-    return tuple(int(offset) for offset in offsets)
+    return tuple(_offset(f"key_offsets[{t}]", offset) or 0 for t, offset in enumerate(offsets))
 
 
 def _operands(
@@ -213,7 +236,7 @@ def _resolve_offsets(given: Given, spec: AttentionSpec) -> tuple[int, tuple[int,
     lengths = tuple(key[-2] for key in given.shapes.keys)
     if not isinstance(spec.mask, Full) and spec.mask.align == "end":
         return 0, tuple(given.shapes.query[-2] - length for length in lengths)
-    return int(given.query_offset or 0), given.key_offsets or (0,) * len(lengths)
+    return given.query_offset or 0, given.key_offsets or (0,) * len(lengths)
 
 
 def _four_axes(xp: Any, array: Array) -> Array:
@@ -241,3 +264,28 @@ def _bias_layout(xp: Any, bias: Array | None, query_shape: tuple[int, ...]) -> A
         bias = xp.broadcast_to(bias, (*batch, *bias.shape[-3:]))
     heads = bias.shape[-3] if bias.ndim > 2 else 1
     return xp.reshape(bias, (prod(batch), heads, *bias.shape[-2:]))
+
+
+def resolve_spec(spec: Any, order: int, *, weighted: bool) -> AttentionSpec:
+    """Return the spec, or for None the exact, full one of that order; Kronecker scores if there is a weight.
+
+    Raises:
+        SpecError: Something that is not a spec.
+    """
+    if spec is None:
+        # no key at all, or too many, is refused by the problem, which says what is wrong with them
+        return AttentionSpec(order=min(max(order, 1), MAX_ORDER), score="kronecker" if weighted else "khatri_rao")
+    if not isinstance(spec, AttentionSpec):
+        raise SpecError("spec must be an AttentionSpec.", expected="korder.AttentionSpec(...)", got=type(spec).__name__)
+    return spec
+
+
+def checked_backend_name(backend: Any) -> str:
+    """Return a backend's name.
+
+    Raises:
+        OperandError: Not a text.
+    """
+    if not isinstance(backend, str):
+        raise OperandError("backend must be a name.", expected='a name, or "auto"', got=repr(backend))
+    return backend

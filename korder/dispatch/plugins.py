@@ -11,7 +11,7 @@ from typing import Any, cast
 import pluggy
 
 from korder.errors import PluginLoadError
-from korder.spi import API_VERSION, ENTRY_POINT_GROUP, Backend, hooks
+from korder.spi import API_VERSION, ENTRY_POINT_GROUP, Backend, Capabilities, hooks
 
 OWN_DISTRIBUTION = "korder"
 
@@ -100,6 +100,7 @@ def check_backend(backend: Any, origin: Origin, loaded: Sequence[Loaded]) -> Non
             expected="class attributes name, api_version and array_kinds",
             got=f"no {', '.join(missing)}",
         )
+    _check_facts(backend, origin)
     if backend.api_version != API_VERSION:
         raise PluginLoadError(
             f"backend {backend.name!r} of {origin} speaks another version of the backend contract.",
@@ -119,10 +120,32 @@ def check_backend(backend: Any, origin: Origin, loaded: Sequence[Loaded]) -> Non
             )
 
 
+def _check_facts(backend: Backend, origin: Origin) -> None:
+    """Raise unless the static facts are what the contract says, so that no question about them can fail later."""
+    try:
+        capabilities: object = backend.capabilities()
+    except Exception as error:  # a backend that cannot state its facts must not stop the others
+        raise _failed(origin, f"brings a backend {backend.name!r} whose capabilities() raised", error) from error
+    facts = {
+        "name": (backend.name, isinstance(backend.name, str) and bool(backend.name), "a text that is not empty"),
+        "array_kinds": (backend.array_kinds, isinstance(backend.array_kinds, frozenset), "a frozenset of texts"),
+        "priority": (backend.priority, type(backend.priority) is int, "an integer"),
+        "capabilities()": (capabilities, isinstance(capabilities, Capabilities), "a Capabilities"),
+    }
+    for what, (value, fits, expected) in facts.items():
+        if not fits:
+            raise PluginLoadError(
+                f"{what} of backend {backend.name!r} of {origin} is not what the contract says.",
+                code="plugin-malformed",
+                expected=expected,
+                got=repr(value),
+            )
+
+
 def _backends_of(point: EntryPoint, origin: Origin) -> list[Backend]:
     try:
         plugin = point.load()
-    except Exception as error:  # whatever a third party's import raises is recorded, never passed on
+    except (Exception, SystemExit) as error:  # whatever a third party's import raises is recorded, never passed on
         raise _failed(origin, "could not be imported", error) from error
     manager = pluggy.PluginManager(hooks.PROJECT)
     manager.add_hookspecs(hooks)
@@ -148,7 +171,7 @@ def _backends_of(point: EntryPoint, origin: Origin) -> list[Backend]:
     return found
 
 
-def _failed(origin: Origin, what: str, error: Exception) -> PluginLoadError:
+def _failed(origin: Origin, what: str, error: BaseException) -> PluginLoadError:
     return PluginLoadError(f"{origin} {what}.", got=f"{type(error).__name__}: {error}")
 
 

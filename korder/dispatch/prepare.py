@@ -22,17 +22,25 @@ class Prepared:
     kernel: Kernel
 
 
-def prepare(registry: Registry, problem: Problem, array_kind: str, requested: str = "auto", first: int = 0) -> Prepared:
-    """Plan, select and compile, starting at the plan of rank `first`.
+def prepare(
+    registry: Registry,
+    problem: Problem,
+    array_kind: str,
+    requested: str = "auto",
+    *,
+    first: int = 0,
+    backward: bool = False,
+) -> Prepared:
+    """Plan, select and compile, starting at the plan of rank `first`; `backward` asks for a kernel that has one.
 
     Raises:
         UnknownBackendError, BackendUnavailableError, UnsupportedProblemError: As `select`.
     """
-    key = (problem, array_kind, requested, first, os.environ.get("KORDER_BACKEND"), registry.generation)
+    key = (problem, array_kind, requested, first, backward, os.environ.get("KORDER_BACKEND"), registry.generation)
     prepared = registry.prepared.get(key)
     if prepared is None:
         plans = candidate_plans(problem)
-        selection = select(registry, plans[first:], array_kind=array_kind, requested=requested)
+        selection = select(registry, plans[first:], array_kind=array_kind, requested=requested, backward=backward)
         prepared = Prepared(plans, selection, selection.backend.compile(selection.plan))
         registry.prepared.put(key, prepared)
     return prepared

@@ -49,6 +49,7 @@ class Registry:
         self._availability: dict[str, Availability] = {}
         self.prepared: BoundedCache[tuple[object, ...], Prepared] = BoundedCache(KERNELS_KEPT)
         self._lock = threading.Lock()
+        self._asking = threading.Lock()
         self.generation = 0
 
     @classmethod
@@ -93,10 +94,10 @@ class Registry:
 
     def availability(self, backend: Backend) -> Availability:
         """Ask a backend whether it can run here; once, and for at most 10 seconds."""
-        known = self._availability.get(backend.name)
-        if known is None:
-            known = _ask(backend)
-            self._availability[backend.name] = known
+        with self._asking:
+            known = self._availability.get(backend.name)
+            if known is None:
+                known = self._availability[backend.name] = _ask(backend)
         return known
 
     def status(self) -> tuple[BackendStatus, ...]:
@@ -141,7 +142,15 @@ def _ask(backend: Backend) -> Availability:
     return Availability.no(f"availability() did not answer within {AVAILABILITY_SECONDS:g} s")
 
 
-@lru_cache(maxsize=1)
+_building = threading.Lock()
+
+
 def default_registry() -> Registry:
-    """Return the process's registry, built from the entry points on the first call."""
+    """Return the process's registry, built from the entry points on the first call, once."""
+    with _building:  # a cache alone would let two first calls build one each
+        return _only_registry()
+
+
+@lru_cache(maxsize=1)
+def _only_registry() -> Registry:
     return Registry.from_entry_points()

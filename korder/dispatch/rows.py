@@ -23,6 +23,8 @@ def estimate(registry: Registry, request: Request, output: KernelOutput, count: 
     wide = xp.asarray(output.lse).dtype
     flat = xp.reshape(output.output, (-1, output.output.shape[-1]))
     rows = sampled_rows(request.problem, count)
+    if not rows:
+        return xp.zeros((0, 2), dtype=xp.float64)
     errors = [
         xp.max(xp.abs(xp.astype(flat[row, :], wide) - xp.astype(exact, wide)))
         for row, exact in zip(rows, exact_rows(registry, request, rows), strict=True)

@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from korder.dispatch.arrays import namespace_of_kind
 from korder.dispatch.prepare import Prepared, prepare
 from korder.dispatch.registry import Registry
+from korder.dispatch.select import Rejection
 from korder.errors import AccuracyError, AccuracyWarning, KernelError
 from korder.planning.plan import Plan
 from korder.problem import Problem
 from korder.result import Certificate, Provenance
 from korder.spec import Polynomial
 from korder.spi.operands import KernelOutput, Operands
+from korder.spi.progress import PROGRESS
+
+__all__ = ["PROGRESS", "Outcome", "Request", "run"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,19 +53,21 @@ def run(registry: Registry, request: Request, *, save: bool = False, certify: bo
         AccuracyError: No plan meets the tolerance and the method says to raise.
     """
     notes: list[str] = []
+    rejected: list[Rejection] = []
     first = 0
     while True:
-        prepared = prepare(registry, request.problem, request.array_kind, request.backend, first)
+        prepared = prepare(registry, request.problem, request.array_kind, request.backend, first=first, backward=save)
         chosen = prepared.selection
+        rejected += chosen.rejected
         output = prepared.kernel.forward(request.operands, save=save)
         certificate, miss = _judge(request, prepared, output, certify)
         first += chosen.rank + 1
         if miss is None or first >= len(prepared.plans):
             break
-        notes.append(f"{_name(chosen.plan)}: {miss}; next {_name(prepared.plans[first])}")
+        notes.append(f"{chosen.plan.name}: {miss}; next {prepared.plans[first].name}")
     if miss is not None:
         _exceeded(request.problem, chosen.plan, miss)
-    provenance = Provenance(chosen.backend.name, chosen.plan, chosen.rejected, tuple(notes))
+    provenance = Provenance(chosen.backend.name, chosen.plan, tuple(rejected), tuple(notes))
     return Outcome(output, certificate, provenance, prepared)
 
 
@@ -94,19 +100,13 @@ def _exceeded(problem: Problem, plan: Plan, miss: str) -> None:
     method = problem.spec.method
     assert isinstance(method, Polynomial)
     if method.on_exceed == "warn":
-        warnings.warn(
-            f"the polynomial method misses its tolerance: {_name(plan)}: {miss}", AccuracyWarning, stacklevel=4
-        )
+        warnings.warn(f"the polynomial method misses its tolerance: {plan.name}: {miss}", AccuracyWarning, stacklevel=4)
         return
     statistics = problem.statistics
     width = f"; the scores reach {statistics.half_width:g} from their row's centre" if statistics else ""
     raise AccuracyError(
         f"no degree of the polynomial method that is worth its cost meets tolerance {method.tolerance:g}.",
         expected=f"approximation and rounding within {method.tolerance:g} of the value range",
-        got=f"{_name(plan)}: {miss}{width}",
+        got=f"{plan.name}: {miss}{width}",
         hint='use method Exact(), on_exceed="exact", a smaller scale, or a larger tolerance.',
     )
-
-
-def _name(plan: Plan) -> str:
-    return plan.method if plan.polynomial is None else f"degree {plan.polynomial.degree}"

@@ -12,7 +12,7 @@ from korder.spi import Backend
 from korder.spi.capabilities import Reason
 
 _EXTRAS = {
-    "torch": "the torch backend brings them: pip install 'korder[torch]'; or pass tensor.numpy()",
+    "torch": "a torch backend is to come with the extra 'korder[torch]'; until then pass tensor.numpy()",
     "jax": "a JAX backend is a plugin of its own; or pass numpy.asarray(array)",
 }
 
@@ -23,11 +23,11 @@ class Rejection:
 
     backend: str
     priority: int
-    method: str
+    plan: str
     reasons: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.backend} (priority {self.priority}, {self.method}): {'; '.join(self.reasons)}"
+        return f"{self.backend} (priority {self.priority}, {self.plan}): {'; '.join(self.reasons)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,9 @@ class Selection:
     rejected: tuple[Rejection, ...]
 
 
-def select(registry: Registry, plans: tuple[Plan, ...], *, array_kind: str, requested: str = "auto") -> Selection:
+def select(
+    registry: Registry, plans: tuple[Plan, ...], *, array_kind: str, requested: str = "auto", backward: bool = False
+) -> Selection:
     """Return the first (plan, backend) that fits.
 
     Args:
@@ -48,6 +50,7 @@ def select(registry: Registry, plans: tuple[Plan, ...], *, array_kind: str, requ
         plans: Ranked plans of one problem.
         array_kind: Kind of the operands, "numpy", "torch", ...
         requested: A backend name, which is then the only one considered, or "auto".
+        backward: Whether the kernel's backward will be called.
 
     Raises:
         UnknownBackendError: `requested`, `KORDER_BACKEND` or the policy names a backend that does not exist.
@@ -56,15 +59,15 @@ def select(registry: Registry, plans: tuple[Plan, ...], *, array_kind: str, requ
     """
     problem = plans[0].problem
     allowed = problem.spec.policy.backends
-    named = requested if requested != "auto" else os.environ.get("KORDER_BACKEND", "auto")
+    named = requested if requested != "auto" else os.environ.get("KORDER_BACKEND") or "auto"
     candidates = _candidates(registry, named, allowed)
     rejected: list[Rejection] = []
     for rank, plan in enumerate(plans):
         for backend in candidates:
-            reasons = _reasons(registry, backend, plan, array_kind)
+            reasons = _reasons(registry, backend, plan, array_kind, backward)
             if not reasons:
                 return Selection(backend, plan, rank, tuple(rejected))
-            rejected.append(Rejection(backend.name, backend.priority, plan.method, reasons))
+            rejected.append(Rejection(backend.name, backend.priority, plan.name, reasons))
     if named != "auto":
         _refuse_named(registry, candidates[0], array_kind)
     raise _nothing_fits(plans[0], array_kind, rejected)
@@ -85,11 +88,14 @@ def _candidates(registry: Registry, named: str, allowed: tuple[str, ...] | None)
     return (registry.get(named),)
 
 
-def _reasons(registry: Registry, backend: Backend, plan: Plan, array_kind: str) -> tuple[str, ...]:
+def _reasons(registry: Registry, backend: Backend, plan: Plan, array_kind: str, backward: bool) -> tuple[str, ...]:
     """All reasons against a backend; availability is not asked of one that does not take these arrays."""
     if array_kind not in backend.array_kinds:
         return (str(Reason("array kind", array_kind, ", ".join(sorted(backend.array_kinds)))),)
     reasons = [str(reason) for reason in backend.unsupported_reasons(plan)]
+    support = backend.capabilities().method(plan.method)
+    if backward and support is not None and not support.backward:
+        reasons.append(str(Reason("pass", "backward", f"forward with method={plan.method}")))
     answer = registry.availability(backend)
     if not answer.available:
         reasons.insert(0, f"not available: {answer.reason}" + (f"; {answer.remedy}" if answer.remedy else ""))

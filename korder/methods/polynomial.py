@@ -6,7 +6,7 @@ causal form stands in `running`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -31,6 +31,7 @@ from korder.methods.sight import live_rows
 from korder.methods.statistics import column_peaks, row_centres
 from korder.planning.plan import Plan, PolynomialPlan
 from korder.spi.operands import KernelOutput, OperandGradients, Operands, OutputGradients
+from korder.spi.progress import PROGRESS
 
 Array = Any
 
@@ -56,8 +57,6 @@ class PolynomialKernel:
         self.dtype = getattr(xp, plan.problem.accumulation)
         self.rounding_unit = (self.sum_block + 8) * 0.5 * float(xp.finfo(self.dtype).eps)
         self.workspace_bytes = plan.cost.peak_memory
-        self.progress: Callable[[float], None] | None = None
-        """Told the share of tokens done, from the thread that runs the kernel."""
 
     @np.errstate(all="ignore")
     def forward(self, operands: Operands, *, save: bool, residuals: dict[str, Any] | None = None) -> KernelOutput:
@@ -269,7 +268,7 @@ class PolynomialKernel:
 
     def _progress(self, operands: Operands) -> Progress:
         tokens = sum(self.problem.lengths) * self.problem.groups + self.problem.queries * self.problem.heads
-        return Progress(tokens * self.problem.batch, self.progress, [0])
+        return Progress(tokens * self.problem.batch, PROGRESS.get(), [0])
 
     # The array operations that a backend may override.
 

@@ -28,7 +28,8 @@ class TopTuples(ExactKernel):
         """Return the winning tuples and their probabilities, largest first.
 
         Shapes:
-            indices (b, h, n, count, k), -1 where there is no such tuple; probabilities (b, h, n, count), 0 there.
+            indices (b, h, n, count, k), -1 where there is no such tuple; probabilities (b, h, n, count), 0 there, and
+            NaN for a query that sees NaN.
         """
         xp, problem = self.xp, self.plan.problem
         layout = lay_out(xp, problem, operands)
@@ -48,6 +49,8 @@ class TopTuples(ExactKernel):
                 lse = self.put(lse, where, best.lse())
         found = scores > -inf
         probabilities = xp.where(found, xp.exp(scores - finite_reference(xp, lse)[..., None]), xp.zeros_like(scores))
+        # a query that sees NaN has no winner, and must not look as if it had few tuples
+        probabilities = xp.where(xp.isnan(lse)[..., None], lse[..., None], probabilities)
         tuples = xp.where(found, tuples, -xp.ones_like(tuples))
         return by_head(xp, _indices(xp, tuples, problem.lengths)), by_head(xp, probabilities)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from korder.errors import AccuracyError
+from korder.errors import AccuracyError, UnsupportedProblemError
 from korder.planning.plan import Plan
 from korder.problem import Problem
 from korder.spec import Polynomial
@@ -26,15 +26,33 @@ def candidate_plans(problem: Problem) -> tuple[Plan, ...]:
         return (exact_plan(problem),)
     from korder.planning.polynomial import polynomial_degrees, polynomial_plan
 
+    if method.on_exceed == "exact":
+        return _or_exact(problem, method)
     degrees = (method.degree,) if method.degree is not None else polynomial_degrees(problem)
     plans = tuple(polynomial_plan(problem, degree) for degree in degrees)
-    if method.on_exceed == "exact":
-        from korder.planning.exact import exact_plan
-
-        return (*plans, exact_plan(problem))
     if not plans:
         raise _no_degree(problem, method)
     return plans
+
+
+def _or_exact(problem: Problem, method: Polynomial) -> tuple[Plan, ...]:
+    """The polynomial plans, then the exact one; what does not fit the memory limit is left out while one plan does."""
+    from korder.planning.exact import exact_plan
+    from korder.planning.polynomial import polynomial_degrees, polynomial_plan
+
+    plans: tuple[Plan, ...] = ()
+    try:
+        degrees = (method.degree,) if method.degree is not None else polynomial_degrees(problem)
+        plans = tuple(polynomial_plan(problem, degree) for degree in degrees)
+    except UnsupportedProblemError as error:
+        if error.code != "memory-limit":
+            raise
+    try:
+        return (*plans, exact_plan(problem))
+    except UnsupportedProblemError:
+        if not plans:
+            raise
+        return plans
 
 
 def _no_degree(problem: Problem, method: Polynomial) -> AccuracyError:

@@ -84,6 +84,11 @@ class Plan:
     polynomial: PolynomialPlan | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def name(self) -> str:
+        """The method, and the degree if it has one."""
+        return self.method if self.polynomial is None else f"{self.method} of degree {self.polynomial.degree}"
+
     def explain(self) -> str:
         """Return a table that a person can read: what is computed, in which steps, at which cost."""
         from korder.planning.explain import explain_plan

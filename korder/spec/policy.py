@@ -14,7 +14,7 @@ DEFAULT_MEMORY_LIMIT = 128 * 2**20
 class Policy(SpecModel):
     """Limits on who computes and with what."""
 
-    backends: tuple[str, ...] | None = None
+    backends: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Names of the backends that may be used; any when None."""
     precision: Literal["input", "float32", "float64"] = "input"
     """Dtype of products and sums; never narrower than float32 nor than the operands."""

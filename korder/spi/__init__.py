@@ -13,6 +13,7 @@ from korder.spi.backend import API_VERSION, Backend, Kernel
 from korder.spi.capabilities import Capabilities, MethodSupport, Reason
 from korder.spi.hooks import ENTRY_POINT_GROUP, hookimpl
 from korder.spi.operands import NEEDS, KernelOutput, OperandGradients, Operands, OutputGradients
+from korder.spi.progress import PROGRESS
 
 if TYPE_CHECKING:
     from korder.methods.exact import ExactKernel
@@ -24,6 +25,7 @@ __all__ = [
     "API_VERSION",
     "ENTRY_POINT_GROUP",
     "NEEDS",
+    "PROGRESS",
     "Availability",
     "Backend",
     "Capabilities",
