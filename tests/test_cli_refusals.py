@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from korder import errors
 from korder.cli.output import exit_status
-from korder.errors import (
-    AccuracyError,
-    BackendUnavailableError,
-    OperandError,
-    ShapeError,
-    SpecError,
-    UnknownBackendError,
-    UnsupportedProblemError,
-)
 from tests.command_line import GOOD, assert_refused, call, listing, nan_at, stored, write, write_arrays
 
 
@@ -174,12 +167,19 @@ def test_too_little_memory_is_no_traceback() -> None:
     assert_refused(result, 3, "memory-exhausted", ["run.toml"])
 
 
-@pytest.mark.parametrize(
-    ("error", "status"),
-    [
-        (SpecError("x"), 2), (ShapeError("x"), 2), (OperandError("x"), 2), (UnknownBackendError("x"), 2),
-        (AccuracyError("x"), 1), (UnsupportedProblemError("x"), 3), (BackendUnavailableError("x"), 3),
-    ],
-)  # fmt: skip
-def test_exit_statuses(error: Any, status: int) -> None:
-    assert exit_status(error) == status
+def documented_statuses() -> dict[str, str]:
+    """The class and the last cell of every line of the table of errors."""
+    page = (Path(__file__).parents[1] / "docs" / "errors.md").read_text(encoding="utf-8")
+    return dict(re.findall(r"^\| `(\w+)` \|.* \| ?(\d?) ?\|$", page, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize(("name", "status"), documented_statuses().items())
+def test_exit_statuses_are_the_documented_ones(name: str, status: str) -> None:
+    if status:
+        assert exit_status(getattr(errors, name)("x")) == int(status)
+
+
+def test_every_error_has_a_documented_status() -> None:
+    classes = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
+    assert set(documented_statuses()) == classes - {"AccuracyWarning"}
+    assert [name for name, status in documented_statuses().items() if not status] == ["KorderError"]

@@ -19,12 +19,14 @@ from korder.errors import (
     ConformanceFailure,
     KernelError,
     KorderError,
+    PluginLoadError,
     UnsupportedProblemError,
 )
 from korder.experiments.progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import ProgressColumn
 
 DONE, FAILED, WRONG_INPUT, NOTHING_RUNS = 0, 1, 2, 3
 _QUIET_SECONDS = 1.0
@@ -43,7 +45,7 @@ FormatOption = Annotated[Format, typer.Option("--format", help="Print text, or J
 
 def exit_status(error: KorderError) -> int:
     """Return the exit status that an error means."""
-    if isinstance(error, AccuracyError | ConformanceFailure | KernelError):
+    if isinstance(error, AccuracyError | ConformanceFailure | KernelError | PluginLoadError):
         return FAILED
     if isinstance(error, UnsupportedProblemError | BackendUnavailableError):
         return NOTHING_RUNS
@@ -95,17 +97,27 @@ def console() -> Console:
     return plain if plain.is_terminal else Console(markup=False, highlight=False, width=_WIDE)
 
 
+def _columns() -> tuple[ProgressColumn, ...]:
+    """Return what a line of progress shows; the bar is there only once the work says how far it is."""
+    from rich.progress import BarColumn, SpinnerColumn, Task, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.text import Text
+
+    class KnownBar(BarColumn):
+        def render(self, task: Task) -> Any:
+            return Text("") if task.total is None else super().render(task)
+
+    return SpinnerColumn(), TextColumn("{task.description}"), KnownBar(), TaskProgressColumn(), TimeElapsedColumn()
+
+
 class TerminalProgress(Progress):
     """A spinner with the elapsed time, or a bar where steps are reported; after a second, and only on a terminal."""
 
     def __init__(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bar
 
         self._visible = sys.stderr.isatty()
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
+        self._bar = Bar(*_columns(), console=Console(stderr=True), transient=True)
         self._task = self._bar.add_task("starting", total=None)
         self._timer = threading.Timer(_QUIET_SECONDS, self._bar.start)
 
@@ -117,6 +129,10 @@ class TerminalProgress(Progress):
     def advance(self) -> None:
         """Move the bar by one step."""
         self._bar.advance(self._task)
+
+    def share(self, done: float) -> None:
+        """Move the bar to a share of its length; the first share makes a spinner into a bar."""
+        self._bar.update(self._task, total=1.0, completed=done)
 
     def __enter__(self) -> Self:
         if self._visible:

@@ -11,3 +11,6 @@ class Progress:
 
     def advance(self) -> None:
         """Report one step of the present stage."""
+
+    def share(self, done: float) -> None:
+        """Report the share of the present stage that is done, 0 to 1; smaller than before where it begins again."""
