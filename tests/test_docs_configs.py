@@ -14,6 +14,7 @@ from pydantic_core import PydanticUndefined
 from korder.spec import AttentionSpec, Causal, Exact, Full, Ordered, Policy, Polynomial, Window
 from korder.spec.runs import (
     ArraysData,
+    AttendOutput,
     AttendRun,
     BenchmarkRun,
     Output,
@@ -26,7 +27,7 @@ from korder.spec.runs import (
 DOC = Path(__file__).parents[1] / "docs" / "configs.md"
 MODELS: tuple[type[BaseModel], ...] = (
     AttendRun, BenchmarkRun, ArraysData, RandomData, SetCardsData, TextData, AttentionSpec, Full, Causal, Window,
-    Ordered, Exact, Polynomial, Policy, Output,
+    Ordered, Exact, Polynomial, Policy, Output, AttendOutput,
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import pytest
 from korder.errors import SpecError
 from korder.experiments import results
 from korder.experiments.results import array_writer, check_output, check_replaceable, publish
-from korder.spec.runs import Output
+from korder.spec.runs import AttendOutput, Output
 
 
 def text_writer(text: str) -> Any:
@@ -212,5 +212,5 @@ def test_no_directory_means_nothing_to_check() -> None:
 def test_missing_safetensors_is_said_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "find_spec", lambda name: None)
     with pytest.raises(SpecError) as caught:
-        check_output(Output(directory=str(tmp_path / "r"), arrays="safetensors"))
+        check_output(AttendOutput(directory=str(tmp_path / "r"), arrays="safetensors"))
     assert "korder[safetensors]" in caught.value.hint

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from korder.errors import SpecError
-from korder.spec.runs import Output
+from korder.spec.runs import AttendOutput, Output
 
 if TYPE_CHECKING:
     from korder.experiments.attend import Report
@@ -33,7 +33,7 @@ def check_output(output: Output) -> None:
     if output.directory is None:
         return
     check_replaceable(Path(output.directory), output.overwrite)
-    if output.arrays == "safetensors" and find_spec("safetensors") is None:
+    if isinstance(output, AttendOutput) and output.arrays == "safetensors" and find_spec("safetensors") is None:
         raise SpecError(
             "writing safetensors needs a package that is not installed.",
             code="extra-missing",

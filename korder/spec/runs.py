@@ -13,8 +13,6 @@ from korder.spec.attention import AttentionSpec
 from korder.spec.base import SpecModel
 from korder.spec.masks import Full
 
-SCHEMA_VERSION = 1
-
 Count = Annotated[int, Field(ge=1, strict=True)]
 Seed = Annotated[int, Field(ge=0, strict=True)]
 Positive = Annotated[float, Field(gt=0, strict=True)]
@@ -115,6 +113,11 @@ class Output(SpecModel):
     """Directory for the results, relative to the working directory; nothing is written when omitted."""
     overwrite: Annotated[bool, Field(strict=True)] = False
     """Replace the results of an earlier run; files that korder did not write are never touched."""
+
+
+class AttendOutput(Output):
+    """Where the results of one attention go, and in which form."""
+
     arrays: Literal["npz", "safetensors"] = "npz"
     """Format of the array file."""
     plot: Annotated[bool, Field(strict=True)] = True
@@ -134,7 +137,7 @@ class AttendRun(SpecModel):
     """What to compute."""
     backend: Annotated[str, Field(min_length=1)] = "auto"
     """A backend's name, or "auto" for the best that can run it."""
-    output: Output = Output()
+    output: AttendOutput = AttendOutput()
     """Where results go."""
 
     @model_validator(mode="after")
