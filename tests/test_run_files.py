@@ -144,6 +144,15 @@ def test_overrides_apply_in_order_and_are_checked(tmp_path: Path) -> None:
         read_run(path, ["attention.order=7"])
 
 
+def test_options_come_after_overrides_and_are_taken_as_they_are(tmp_path: Path) -> None:
+    path = written(tmp_path, json.dumps(ATTEND), "a.json")
+    run = read_run(path, ["output.directory=first"], {"output.directory": "1 = [", "output.overwrite": True})
+    assert (run.output.directory, run.output.overwrite) == ("1 = [", True)
+    with pytest.raises(SpecError) as caught:
+        read_run(path, ["output=3"], {"output.directory": "x"})
+    assert caught.value.code == "override-path"
+
+
 @pytest.mark.parametrize("override", ["attention.order", "=3", "attention..order=3", "a=[1", "a=", 'a="x', "kind.x=1"])
 def test_overrides_that_cannot_be_read(override: str) -> None:
     with pytest.raises(SpecError) as caught:
@@ -287,6 +296,12 @@ def test_wrong_values_name_the_key(content: object, where: str) -> None:
 )
 def test_parts_that_do_not_fit_each_other(content: object, words: str) -> None:
     assert words in refused(content).message
+
+
+@pytest.mark.parametrize("output", [{"arrays": "npz"}, {"plot": False}])
+def test_a_benchmark_takes_no_key_that_it_does_not_use(output: dict[str, object]) -> None:
+    error = refused({"schema_version": 1, "kind": "benchmark", "output": output})
+    assert error.message == f"unknown key 'output.{next(iter(output))}'."
 
 
 def test_the_wrong_kind_is_named() -> None:

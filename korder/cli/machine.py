@@ -76,13 +76,13 @@ def bench(
 ) -> None:
     """Measure speed and memory against the machine's own limits; no speed without equal outputs."""
     with reported(form):
-        from korder.spec.files import read_mapping
+        from korder.spec.files import read_run
         from korder.spec.runs import parse_run
 
-        content: dict[str, Any] = {"schema_version": 1, "kind": "benchmark"} if file is None else read_mapping(file)
-        content |= {"quick": True} if quick else {}
-        content |= {"rows": list(rows)} if rows else {}
-        run = parse_run(content)
+        options: dict[str, Any] = {"quick": True} if quick else {}
+        options |= {"rows": list(rows)} if rows else {}
+        whole = {"schema_version": 1, "kind": "benchmark", **options}
+        run = parse_run(whole) if file is None else read_run(file, options=options)
         if run.kind != "benchmark":
             raise SpecError(
                 "`korder bench` takes a run file that benchmarks.",

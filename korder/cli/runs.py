@@ -115,19 +115,14 @@ def _read(
     overwrite: bool = False,
 ) -> Run:
     """Read a file with every override of the command line; options win over --set."""
-    from korder.spec.files import apply_override, read_mapping
-    from korder.spec.runs import parse_run
+    from korder.spec.files import read_run
 
-    content = read_mapping(file)
-    for override in overrides or ():
-        content = apply_override(content, override)
-    if backend is not None:
-        content["backend"] = backend
-    table = content.get("output", {})
-    if isinstance(table, dict) and (output is not None or overwrite):
-        chosen: dict[str, Any] = {"directory": str(output)} if output is not None else {}
-        content["output"] = {**table, **chosen, **({"overwrite": True} if overwrite else {})}
-    return parse_run(content)
+    options: dict[str, Any] = {} if backend is None else {"backend": backend}
+    if output is not None:
+        options["output.directory"] = str(output)
+    if overwrite:
+        options["output.overwrite"] = True
+    return read_run(file, overrides or (), options)
 
 
 def _attend_only(run: Run, command: str) -> AttendRun:

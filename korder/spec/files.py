@@ -16,12 +16,13 @@ from korder.spec.runs import RUN_KINDS, Run, parse_run
 SUFFIXES = (".toml", ".json", ".yaml", ".yml")
 
 
-def read_run(path: str | Path, overrides: Iterable[str] = ()) -> Run:
-    """Return the run that a file describes, after `a.b=value` overrides.
+def read_run(path: str | Path, overrides: Iterable[str] = (), options: Mapping[str, Any] | None = None) -> Run:
+    """Return the run that a file describes, after `a.b=value` overrides and then options.
 
     Args:
         path: A .toml, .json, .yaml or .yml file.
         overrides: Texts `dotted.key=value`; the value is read as TOML, a bare word as a string.
+        options: Values by dotted key, taken as they are.
 
     Raises:
         SpecError: A file that cannot be read or is empty, broken syntax (with line and column), an unknown key or kind
@@ -30,6 +31,8 @@ def read_run(path: str | Path, overrides: Iterable[str] = ()) -> Run:
     content = read_mapping(Path(path))
     for override in overrides:
         content = apply_override(content, override)
+    for name, value in (options or {}).items():
+        content = _with_value(content, name.split("."), value)
     return parse_run(content)
 
 
@@ -163,20 +166,24 @@ def apply_override(content: Mapping[str, Any], override: str) -> dict[str, Any]:
             expected="for example attention.order=3",
             got=override,
         )
+    return _with_value(content, parts, _override_value(text.strip(), override))
+
+
+def _with_value(content: Mapping[str, Any], parts: list[str], value: Any) -> dict[str, Any]:
     changed = dict(content)
     table = changed
     for depth, part in enumerate(parts[:-1]):
         inner = table.get(part, {})
         if not isinstance(inner, Mapping):
             raise SpecError(
-                f"the override {override!r} goes into something that is not a table.",
+                f"the override of {'.'.join(parts)!r} goes into something that is not a table.",
                 code="override-path",
                 expected=f"{'.'.join(parts[: depth + 1])} to be a table",
                 got=repr(inner),
             )
         table[part] = dict(inner)
         table = table[part]
-    table[parts[-1]] = _override_value(text.strip(), override)
+    table[parts[-1]] = value
     return changed
 
 
