@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from korder.cli.app import app
 from tests.command_line import GOOD, call, stored, write, write_arrays
 
 ROOT = Path(__file__).parents[1]
+BAR = "━"
 
 
 @pytest.fixture(autouse=True)
@@ -215,6 +217,46 @@ def test_progress_is_for_terminals_and_for_what_takes_time(monkeypatch: pytest.M
     shown = sys.stderr.getvalue()
     assert ("computing rows" in shown) is is_terminal
     assert "0:00:0" in shown or not is_terminal
+
+
+@pytest.mark.parametrize(("method", "reports"), [("{kind='exact'}", False), ("{kind='polynomial', degree=2}", True)])
+def test_a_bar_where_the_kernel_says_how_far_it_is_and_a_spinner_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, method: str, reports: bool
+) -> None:
+    import korder.cli.output as module
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(module, "_QUIET_SECONDS", 0.0)
+    shown: dict[str, str] = {}
+    share = module.TerminalProgress.share
+    stage = module.TerminalProgress.stage
+
+    def picture(progress: module.TerminalProgress) -> str:
+        console = Console(file=io.StringIO(), width=100)
+        console.print(progress._bar.get_renderable())
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    def halfway(progress: module.TerminalProgress, done: float) -> None:
+        share(progress, done)
+        if 0 < done < 1:
+            shown["share"] = picture(progress)
+
+    def begin(progress: module.TerminalProgress, text: str, total: int | None = None) -> None:
+        stage(progress, text, total)
+        shown.setdefault(text, picture(progress))
+
+    monkeypatch.setattr(module.TerminalProgress, "share", halfway)
+    monkeypatch.setattr(module.TerminalProgress, "stage", begin)
+    result = call("run", write(), "--set", f"attention.method={method}", "--set", "data.score_rms=0.1")
+    assert result.exit_code == 0, result.output
+    assert BAR not in shown["attending"]
+    assert "%" not in shown["attending"]
+    assert "0:00:0" in shown["attending"]
+    assert ("share" in shown) is reports
+    if reports:
+        assert BAR in shown["share"]
+        assert "%" in shown["share"]
+        assert "attending" in shown["share"]
 
 
 def run_process(*arguments: str) -> subprocess.CompletedProcess[str]:

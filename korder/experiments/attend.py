@@ -15,7 +15,7 @@ from korder import api
 from korder.dispatch import rows
 from korder.dispatch.arrays import read_operands, to_kernel_layout
 from korder.dispatch.registry import default_registry
-from korder.dispatch.run import Request
+from korder.dispatch.run import PROGRESS, Request
 from korder.errors import AccuracyError, AccuracyWarning, UnsupportedProblemError
 from korder.experiments import set_cards
 from korder.experiments.data import build_inputs, check_problem, outline
@@ -114,7 +114,7 @@ def run_attend(run: AttendRun, progress: Progress | None = None) -> Report:
     with _timed(timings, "data_seconds"):
         inputs = place(build_inputs(run), placement)
     progress.stage("attending")
-    with _timed(timings, "attend_seconds"), warnings.catch_warnings(record=True) as caught:
+    with _timed(timings, "attend_seconds"), _heard_by(progress), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", AccuracyWarning)
         # Rows to be measured are left for later, so that this time is that of the attention alone.
         result = api.attend_result(
@@ -142,6 +142,16 @@ def _timed(timings: dict[str, float], name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     timings[name] = time.perf_counter() - start
+
+
+@contextmanager
+def _heard_by(progress: Progress) -> Iterator[None]:
+    """Let a kernel that knows how far it is tell the progress; one that does not leaves the stage without steps."""
+    listening = PROGRESS.set(progress.share)
+    try:
+        yield
+    finally:
+        PROGRESS.reset(listening)
 
 
 def _without_estimate(spec: AttentionSpec) -> AttentionSpec:
