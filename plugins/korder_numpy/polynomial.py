@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from korder.spi import Plan, PolynomialKernel
+from korder.spi import KernelOutput, OperandGradients, Operands, OutputGradients, Plan, PolynomialKernel
 
 Array = NDArray[Any]
 
@@ -32,12 +32,29 @@ class PreallocatedRows:
 class NumpyPolynomialKernel(PolynomialKernel):
     """The polynomial method on NumPy arrays.
 
-    Cost:  as the generic kernel; the features of a block are written once, into a buffer that each thread keeps.
+    Cost:  as the generic kernel; the features of a block are written once, into a buffer that lives as long as the call
+        and belongs to the calling thread, so threads may share a kernel.
     """
 
     def __init__(self, xp: Any, plan: Plan) -> None:
         super().__init__(xp, plan)
         self._buffers = threading.local()
+
+    def forward(self, operands: Operands, *, save: bool, residuals: dict[str, Any] | None = None) -> KernelOutput:
+        """Return output, lse and what certificates need."""
+        try:
+            return super().forward(operands, save=save, residuals=residuals)
+        finally:
+            vars(self._buffers).clear()
+
+    def backward(
+        self, operands: Operands, saved: KernelOutput, grads: OutputGradients, *, needs: frozenset[str]
+    ) -> OperandGradients:
+        """Return the gradients that `needs` names."""
+        try:
+            return super().backward(operands, saved, grads, needs=needs)
+        finally:
+            vars(self._buffers).clear()
 
     def normalise_columns(self, columns: Array, scale: Array) -> Array:
         """Return columns (w, c) over their scales, rows contiguous."""
@@ -147,7 +164,7 @@ class NumpyPolynomialKernel(PolynomialKernel):
         return PreallocatedRows(shape, dtype or np.float64)
 
     def _buffer(self, name: str, shape: tuple[int, int], dtype: Any) -> Array:
-        """Return a scratch array of this thread, grown when needed."""
+        """Return a scratch array of this thread's call, grown when needed."""
         kept = getattr(self._buffers, name, None)
         if kept is None or kept.size < shape[0] * shape[1] or kept.dtype != dtype:
             kept = None
