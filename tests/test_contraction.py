@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from korder.methods.contraction import adjoint_contraction, contract, pairwise, trace_contraction
-from korder.planning.expression import fold_subscripts, gate_subscripts, output_subscripts, score_subscripts
+from korder.planning.expression import fold_subscripts, gate_subscripts
 from korder.planning.path import contraction_steps
 
 SIZES = dict(zip("bghijkmnopaeluvwxyz", (2, 3, 5, 7, 2, 3, 4, 2, 3, 2, 3, 4, 5, 2, 3, 4, 2, 3, 2), strict=True))
@@ -42,7 +42,7 @@ def expressions() -> list[str]:
         for full in (False, True)
     ]
     gates = [gate_subscripts(order, contracted) for order in (3, 4) for contracted in range(order)]
-    return [*folds, *gates, score_subscripts(2), score_subscripts(2, full_weight=True), output_subscripts(3, 1)]
+    return [*folds, *gates, "bghil,bgjl,bgkl->bghijk", "bghia,auv,bgju,bgkv->bghijk", "bghijk,bgke,bgje->bghie"]
 
 
 @pytest.mark.parametrize("subscripts", expressions())

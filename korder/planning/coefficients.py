@@ -108,14 +108,6 @@ def coefficients_of(kind: str, degree: int, half_width: float | None) -> Coeffic
     return minimax_coefficients(degree, half_width)
 
 
-def smallest_degree(kind: str, half_width: float, error: float, *, highest: int = 64) -> int | None:
-    """Return the lowest degree whose relative error on the interval is at most `error`; None above `highest`."""
-    for degree in range(highest + 1):
-        if relative_error(coefficients_of(kind, degree, half_width), half_width) <= error:
-            return degree
-    return None
-
-
 def shift_bound(low: float, high: float) -> float:
     """Return tanh(ln(high / low) / 4): the most a softmax shifts, relative to the value range.
 

@@ -1,4 +1,4 @@
-"""Einsum subscripts for any order: folding outer keys into the query, scores, gating and the output.
+"""Einsum subscripts for any order: folding outer keys into the query, and gating.
 
 Letters: b batch, g key heads, h query heads of one key head, i queries, jkmnop the modes, uvwxyz the columns of each
 key, l a column that query and keys share, a columns of the query where they do not, e columns of the values.
@@ -8,20 +8,6 @@ from __future__ import annotations
 
 MODES = "jkmnop"
 COLUMNS = "uvwxyz"
-
-
-def score_subscripts(order: int, *, full_weight: bool = False) -> str:
-    """Return the subscripts of all scores of a head block.
-
-    Example:
-        >>> score_subscripts(2)
-        'bghil,bgjl,bgkl->bghijk'
-        >>> score_subscripts(2, full_weight=True)
-        'bghia,auv,bgju,bgkv->bghijk'
-    """
-    query = f"bghia,a{COLUMNS[:order]}" if full_weight else "bghil"
-    keys = [f"bg{MODES[t]}{_column(t, full_weight)}" for t in range(order)]
-    return f"{','.join([query, *keys])}->bghi{MODES[:order]}"
 
 
 def fold_subscripts(order: int, contracted: int, *, full_weight: bool = False) -> str:
@@ -51,18 +37,6 @@ def gate_subscripts(order: int, contracted: int) -> str:
     """
     modes = [MODES[t] for t in outer_modes(order, contracted)]
     return f"{','.join(f'bg{m}e' for m in modes)}->bg{''.join(modes)}e"
-
-
-def output_subscripts(order: int, contracted: int) -> str:
-    """Return the subscripts that sum the weights against the contracted values, then the gates.
-
-    Example:
-        >>> output_subscripts(2, 1)
-        'bghijk,bgke,bgje->bghie'
-    """
-    outer = outer_modes(order, contracted)
-    values = [f"bg{MODES[t]}e" for t in (contracted, *outer)]
-    return f"{','.join([f'bghi{MODES[:order]}', *values])}->bghie"
 
 
 def outer_modes(order: int, contracted: int) -> tuple[int, ...]:
