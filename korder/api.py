@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
-from korder.dispatch import rows
-from korder.dispatch.arrays import (
-    Given,
-    array_kind,
-    checked_backend_name,
-    dtype_name,
-    namespace_of_kind,
-    read_operands,
-    resolve_spec,
-    to_kernel_layout,
-)
+from korder.dispatch.arrays import array_kind, dtype_name, namespace_of_kind, resolve_spec
 from korder.dispatch.registry import BackendStatus, default_registry
-from korder.dispatch.run import Outcome, Request, run
+from korder.dispatch.request import as_given, make_request, make_result, measure_request
+from korder.dispatch.run import run
 from korder.errors import OperandError, ShapeError
 from korder.methods import merging
 from korder.planning.candidates import candidate_plans
 from korder.planning.plan import Plan
 from korder.problem import ScoreStatistics, Shapes, make_problem
-from korder.result import Certificate, Result
+from korder.result import Result
 from korder.spec import AttentionSpec
 from korder.spi.backend import Backend
 
@@ -86,11 +76,20 @@ def attend(
         >>> attend(x, (x, x), (x, x)).shape
         (4, 3)
     """
-    given, request = _request(
-        query, keys, values, spec, weight, biases, key_masks, query_offset, key_offsets, statistics, backend
+    given, request = make_request(
+        query,
+        keys,
+        values,
+        spec=spec,
+        weight=weight,
+        biases=biases,
+        key_masks=key_masks,
+        query_offset=query_offset,
+        key_offsets=key_offsets,
+        statistics=statistics,
+        backend=backend,
     )
-    outcome = run(default_registry(), request)
-    return _as_given(given, outcome.output.output)
+    return as_given(given, run(default_registry(), request).output.output)
 
 
 def attend_result(
@@ -111,17 +110,21 @@ def attend_result(
 
     Arguments, shapes and errors as `attend`; lse has the query's leading axes and length.
     """
-    given, request = _request(
-        query, keys, values, spec, weight, biases, key_masks, query_offset, key_offsets, statistics, backend
+    given, request = make_request(
+        query,
+        keys,
+        values,
+        spec=spec,
+        weight=weight,
+        biases=biases,
+        key_masks=key_masks,
+        query_offset=query_offset,
+        key_offsets=key_offsets,
+        statistics=statistics,
+        backend=backend,
     )
     registry = default_registry()
-    outcome = run(registry, request, certify=True)
-    certificate = outcome.certificate
-    method = request.problem.spec.polynomial
-    if certificate is not None and method is not None and method.estimate_rows:
-        measured = rows.estimate(registry, request, outcome.output, method.estimate_rows)
-        certificate = replace(certificate, estimate=measured)
-    return _result(given, outcome, certificate)
+    return make_result(registry, given, request, run(registry, request, certify=True))
 
 
 def plan(
@@ -173,10 +176,19 @@ def measure(
     Cost: O(k n d). Pass the result as `statistics=` where arrays cannot be looked at (tracing).
     Source: the bounds are those of docs/method_polynomial.md.
     """
-    given, request = _request(
-        query, keys, values, spec, weight, biases, key_masks, query_offset, key_offsets, None, "auto", measured=False
+    _, request = make_request(
+        query,
+        keys,
+        values,
+        spec=spec,
+        weight=weight,
+        biases=biases,
+        key_masks=key_masks,
+        query_offset=query_offset,
+        key_offsets=key_offsets,
+        measured=False,
     )
-    return _measure(given, request)
+    return measure_request(request)
 
 
 def merge(results: Sequence[Result]) -> Result:
@@ -241,66 +253,6 @@ def register_backend(backend: Backend) -> None:
         PluginLoadError: Not a Backend, another contract version, or a name that is taken.
     """
     default_registry().register(backend)
-
-
-def _request(
-    query: Array,
-    keys: Sequence[Array],
-    values: Sequence[Array],
-    spec: AttentionSpec | None,
-    weight: Any,
-    biases: Sequence[Array | None] | None,
-    key_masks: Sequence[Array | None] | None,
-    query_offset: int | None,
-    key_offsets: Sequence[int] | None,
-    statistics: ScoreStatistics | None,
-    backend: str,
-    *,
-    measured: bool = True,
-) -> tuple[Given, Request]:
-    """Check everything, measure what the method asks for, and return the request."""
-    given = read_operands(
-        query,
-        keys,
-        values,
-        weight=weight,
-        biases=biases,
-        key_masks=key_masks,
-        query_offset=query_offset,
-        key_offsets=key_offsets,
-    )
-    spec, backend = resolve_spec(spec, len(given.keys), weighted=weight is not None), checked_backend_name(backend)
-    problem = make_problem(spec, given.shapes, given.dtype, given.device, statistics)
-    request = Request(problem, to_kernel_layout(given, spec), given.kind, backend)
-    method = spec.polynomial
-    if measured and statistics is None and method is not None and method.tolerance is not None:
-        request = replace(request, problem=replace(problem, statistics=_measure(given, request)))
-    return given, request
-
-
-def _measure(given: Given, request: Request) -> ScoreStatistics:
-    from korder.methods import statistics
-
-    return statistics.measure(namespace_of_kind(given.kind), request.problem, request.operands)
-
-
-def _as_given(given: Given, array: Array) -> Array:
-    """(b, h, n, ..) back to the query's own leading axes."""
-    if len(given.shapes.query) == 4:
-        return array
-    return namespace_of_kind(given.kind).reshape(array, (*given.shapes.query[:-1], *array.shape[3:]))
-
-
-def _result(given: Given, outcome: Outcome, certificate: Certificate | None) -> Result:
-    if certificate is not None:
-        shaped = ("bound", "approximation", "rounding", "lse_bound", "score_range")
-        certificate = replace(certificate, **{name: _as_given(given, getattr(certificate, name)) for name in shaped})
-    return Result(
-        output=_as_given(given, outcome.output.output),
-        lse=_as_given(given, outcome.output.lse),
-        certificate=certificate,
-        provenance=outcome.provenance,
-    )
 
 
 def _plain_shape(weight: Any) -> Any:
