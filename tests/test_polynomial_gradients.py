@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from korder.spec import Polynomial
+from korder.planning.explain import size
+from korder.planning.polynomial import backward_workspace
+from korder.spec import Policy, Polynomial
 from korder.spi import NEEDS, KernelOutput, OperandGradients, Operands, OutputGradients
 from tests.limits import GRADIENT_LIMIT, GRADIENT_STEP
 from tests.polynomial_cases import KERNELS, MASKS, VARIANTS, plan_of, polynomial_case, run, xp
@@ -136,3 +139,35 @@ def test_rows_and_keys_that_nobody_sees_have_zero_gradients(order: int) -> None:
         assert gradient is not None
         assert np.all(gradient[:, :, 8:] == 0)
         assert np.all(np.any(gradient[:, :, :8] != 0, axis=-1))
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_planned_memory_holds_for_backward(order: int, mask: str) -> None:
+    case = polynomial_case(
+        order, "plain", mask, degree=4, dtype="float32", batch=1, heads=2, groups=1, queries=151,
+        lengths=(149, 157, 151)[:order], query_width=12, value_width=20, scale=0.02,
+    )  # fmt: skip
+    plan, saved = run(case)
+    assert plan.polynomial is not None
+    planned = backward_workspace(plan.problem, plan.polynomial.degree, plan.polynomial.chunk)
+    assert f"backward works in {size(planned)}" in plan.explain()
+    grads, operands = OutputGradients(np.ones_like(saved.output), np.ones_like(saved.lse)), case.operands()
+    kernel = KERNELS["numpy"](xp, plan)
+    kernel.backward(operands, saved, grads, needs=NEEDS)
+    tracemalloc.start()
+    found = kernel.backward(operands, saved, grads, needs=NEEDS)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    used = peak - sum(x.nbytes for x in (found.query, *found.keys, *found.values))
+    assert 0.8 * planned <= used <= 1.2 * planned, (used, planned)
+
+
+def test_the_memory_limit_holds_for_backward() -> None:
+    options = {"queries": 151, "lengths": (149, 157), "query_width": 12, "value_width": 20}
+    for limit in (5 * 2**19, 2**22, 2**23):
+        case = polynomial_case(2, "plain", "full", degree=4, policy=Policy(memory_limit=limit), **options)
+        plan = plan_of(case)
+        assert plan.polynomial is not None
+        assert plan.cost.peak_memory <= limit
+        assert backward_workspace(plan.problem, 4, plan.polynomial.chunk) <= limit

@@ -41,6 +41,7 @@ def causal_plane_backward(
         block.store_queries(store)
         for t in range(order):
             block.store_keys(store, t)
+        del block, streams  # before the next block is built
     for t in range(order):
         _store_early_keys(kernel, plane, t, pace, flows[t], store)
         _store_unseen(kernel, plane, t, pace, store)

@@ -17,6 +17,8 @@ from korder.planning.coefficients import (
     shift_bound,
     taylor_remainder,
 )
+from korder.planning.cost import operand_bytes
+from korder.planning.explain import size
 from korder.planning.plan import Cost, Plan, PolynomialPlan
 from korder.problem import ITEM_BYTES, Problem
 
@@ -48,13 +50,12 @@ def polynomial_plan(problem: Problem, degree: int) -> Plan:
     _refuse_full_biases(problem)
     kind, interval = _coefficient_kind(problem)
     features = feature_count(problem.score_width, degree)
-    causal = problem.spec.mask.kind == "causal"
-    chunk = _chunk(problem, degree, features, causal)
+    chunk = _chunk(problem, degree, features)
     state = problem.order * features * (problem.value_width + 1)
     return Plan(
         problem=problem,
         method="polynomial",
-        cost=_cost(problem, features, state, chunk, causal),
+        cost=_cost(problem, degree, features, chunk),
         polynomial=PolynomialPlan(
             degree=degree,
             coefficients=kind,
@@ -64,7 +65,7 @@ def polynomial_plan(problem: Problem, degree: int) -> Plan:
             state=state,
             chunk=chunk,
         ),
-        notes=_notes(problem, kind, degree),
+        notes=_notes(problem, kind, degree, chunk),
     )
 
 
@@ -97,49 +98,93 @@ def _coefficient_kind(problem: Problem) -> tuple[str, float | None]:
     return "minimax", min(max(interval, 1e-3), 64.0)
 
 
-def _notes(problem: Problem, kind: str, degree: int) -> tuple[str, ...]:
+def _notes(problem: Problem, kind: str, degree: int, chunk: int) -> tuple[str, ...]:
+    notes = [f"backward works in {size(backward_workspace(problem, degree, chunk))}"]
     if kind == "taylor" and degree % 2:
-        return (f"degree {degree} is odd: its Taylor polynomial is negative far below a row's mean",)
-    return ()
+        notes.append(f"degree {degree} is odd: its Taylor polynomial is negative far below a row's mean")
+    return tuple(notes)
 
 
 def _item(problem: Problem) -> int:
     return ITEM_BYTES[problem.accumulation]
 
 
-def workspace(problem: Problem, degree: int, features: int, chunk: int, causal: bool) -> int:
+def forward_workspace(problem: Problem, degree: int, chunk: int) -> int:
     """Return bytes beyond inputs and outputs: key states in float64, the table that is read, one block of features.
 
-    Counted for the NumPy kernel: what is alive at the widest point of its passes.
+    Counts what is alive at the widest point of the passes of a kernel that writes features in place.
     """
-    item, channels = _item(problem), problem.value_width + 1
-    longest = max(problem.queries, *problem.lengths, 1)
-    tokens = min(chunk, longest)
-    state = features * channels
-    kept = problem.order * 8 * (state + features)
-    rows = tokens * channels * 8 * (degree + 7) + tokens * problem.score_width * (8 + item)
-    if causal:
-        run = min(RUNNING_ELEMENTS, min(features, 256) * tokens * channels) * item
-        walking = (4 * problem.order + 7) * run // 4 + (problem.order + 3) * run // channels
-        blocks = (problem.order + 1) * features * tokens * item
-        return kept + max(walking, kept + state * item) + blocks + rows
-    reading = 2 * state * item + min(256, features) * tokens * item + rows
-    largest_degree = feature_count(problem.score_width - 1, degree) / features
-    table = int(8 * state * (2 + 3 * largest_degree))
-    return kept + features * tokens * item + max(reading, table)
+    sizes = _BlockSizes(problem, degree, chunk)
+    order, item = problem.order, sizes.item
+    kept = order * 8 * (sizes.state + sizes.features)
+    rows = sizes.readings * (degree + 7) + sizes.tokens * problem.score_width * (8 + item)
+    if sizes.causal:
+        walking = (4 * order + 7) * sizes.run // 4 + (order + 3) * sizes.run // sizes.channels
+        blocks = (order + sizes.shared) * sizes.block
+        return kept + max(walking, kept + sizes.state * item) + blocks + rows
+    reading = 2 * sizes.state * item + min(256, sizes.features) * sizes.tokens * item + rows
+    table = int(8 * sizes.state * (2 + 3 * sizes.highest / sizes.features))
+    return kept + sizes.block + max(reading, table)
+
+
+def backward_workspace(problem: Problem, degree: int, chunk: int) -> int:
+    """Return bytes beyond inputs and outputs, all gradients wanted; counted as `forward_workspace`.
+
+    Gradients are collected in blocks, which live next to the arrays that they are joined into.
+    """
+    sizes = _BlockSizes(problem, degree, chunk)
+    order, item, state = problem.order, sizes.item, 8 * sizes.state
+    keys = problem.batch * problem.groups * sum(problem.lengths)
+    queries = problem.batch * problem.heads * problem.queries
+    collected = operand_bytes(problem) + 8 * keys
+    rows = 24 * queries + sizes.readings * 5 + 3 * sizes.tokens * problem.score_width * item
+    if sizes.causal:
+        blocks = 2 * (order + sizes.shared) * sizes.block
+        runs = 2 * order + 2.5 if order > 1 else 1.5 + min(sizes.shared, 2)
+        walking = max(3 * order * state + int(runs * sizes.run), 4 * order * state)
+        return max(blocks + max(walking, 2 * order * state + sizes.block) + rows, collected)
+    # the parts of the features' gradient, what they are joined into, and the features themselves
+    return max((order + 2) * state + sizes.state * item + 3 * sizes.block + rows, collected)
+
+
+class _BlockSizes:
+    """Sizes of what a pass over one block of tokens holds; bytes where not said otherwise."""
+
+    def __init__(self, problem: Problem, degree: int, chunk: int) -> None:
+        width = problem.score_width
+        self.item = _item(problem)
+        self.causal = problem.spec.mask.kind == "causal"
+        self.features = feature_count(width, degree)
+        """Number of them."""
+        self.highest = feature_count(width - 1, degree)
+        """Number of those of the highest degree."""
+        self.channels = problem.value_width + 1
+        """Number of them."""
+        self.state = self.features * self.channels
+        """Elements of one mode's key state."""
+        self.tokens = min(chunk, max(problem.queries, *problem.lengths, 1))
+        """Number of them."""
+        self.shared = max(problem.heads // max(problem.groups, 1), 1)
+        """Query heads of one key head."""
+        self.block = self.features * self.tokens * self.item
+        self.readings = 8 * self.tokens * self.channels
+        run = min(self.highest, 256) * self.tokens * self.channels
+        self.run = min(RUNNING_ELEMENTS, run) * self.item
 
 
 RUNNING_ELEMENTS = 2**17
 """Elements of a block of running states, features by tokens by channels, that stays in cache."""
 
 
-def _chunk(problem: Problem, degree: int, features: int, causal: bool) -> int:
+def _chunk(problem: Problem, degree: int, features: int) -> int:
     limit = int(problem.spec.policy.memory_limit)
-    sizes = [size for size in CHUNKS if not causal or size <= CAUSAL_CHUNK]
-    for size in sizes:
-        if workspace(problem, degree, features, size, causal) <= limit:
-            return size
-    needed = workspace(problem, degree, features, sizes[-1], causal)
+    needed = 0
+    for chunk in CHUNKS:
+        if problem.spec.mask.kind == "causal" and chunk > CAUSAL_CHUNK:
+            continue
+        needed = max(forward_workspace(problem, degree, chunk), backward_workspace(problem, degree, chunk))
+        if needed <= limit:
+            return chunk
     raise UnsupportedProblemError(
         f"the polynomial method of degree {degree} needs more memory than the policy allows.",
         code="memory-limit",
@@ -149,35 +194,19 @@ def _chunk(problem: Problem, degree: int, features: int, causal: bool) -> int:
     )
 
 
-def _cost(problem: Problem, features: int, state: int, chunk: int, causal: bool) -> Cost:
+def _cost(problem: Problem, degree: int, features: int, chunk: int) -> Cost:
     item, channels = _item(problem), problem.value_width + 1
     queries = problem.batch * problem.heads * problem.queries
     keys = problem.batch * problem.groups * sum(problem.lengths)
     products = 2 * features * channels * (queries + keys)
-    if causal:  # per token: k state updates, k products of states, one reading
+    if problem.spec.mask.kind == "causal":  # per token: k state updates, k products of states, one reading
         products += features * channels * problem.order * queries
-    operand = ITEM_BYTES[problem.dtype]
-    moved = operand * (queries * (problem.query_width + problem.value_width) + keys * problem.value_width)
-    moved += (
-        operand
-        * problem.batch
-        * problem.groups
-        * sum(m * d for m, d in zip(problem.lengths, problem.key_widths, strict=True))
-    )
-    degree = _degree_of(problem.score_width, features)
     return Cost(
         flops=products + features * (queries + keys),
-        bytes_moved=moved + item * features * (queries + keys),
-        peak_memory=workspace(problem, degree, features, chunk, causal),
+        bytes_moved=operand_bytes(problem) + item * features * (queries + keys),
+        peak_memory=forward_workspace(problem, degree, chunk),
         largest_intermediate=max(features * chunk, features * channels),
     )
-
-
-def _degree_of(width: int, features: int) -> int:
-    degree = 0
-    while feature_count(width, degree) < features:
-        degree += 1
-    return degree
 
 
 def exact_flops(problem: Problem) -> int:
