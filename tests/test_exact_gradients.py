@@ -182,6 +182,7 @@ def test_a_nan_value_spares_the_values_it_never_meets(subject: Subject) -> None:
 def test_memory_of_a_backward_stays_bounded() -> None:
     import tracemalloc
 
+    from korder.planning.explain import size
     from korder.planning.memory import backward_workspace
 
     axes = {"batch": 1, "heads": 2, "groups": 1, "query_width": 37, "value_width": 29}
@@ -197,3 +198,6 @@ def test_memory_of_a_backward_stays_bounded() -> None:
     peak = tracemalloc.get_traced_memory()[1] - sum(gradient.nbytes for gradient in flat(found).values())
     tracemalloc.stop()
     assert abs(peak / backward_workspace(case.problem(), plan.tiling, in_place=True) - 1) <= 0.2
+    planned = backward_workspace(case.problem(), plan.tiling, in_place=False)
+    assert peak <= planned
+    assert f"backward works in {size(planned)}" in plan.explain()

@@ -12,7 +12,7 @@ import pytest
 from korder.errors import UnsupportedProblemError
 from korder.planning.cost import live_share
 from korder.planning.exact import exact_plan
-from korder.planning.memory import backward_workspace, forward_workspace
+from korder.planning.memory import CONVERSION_BUFFERS, backward_workspace, forward_workspace
 from korder.planning.slicing import TILE_SCORES
 from korder.problem import Problem, Shapes, make_problem
 from korder.spec import AttentionSpec, Causal, Ordered, Policy, Window
@@ -73,7 +73,7 @@ def test_a_tile_is_never_larger_than_meant(order: int) -> None:
     tile = tiling.queries * prod(tiling.folded) * tiling.keys * tiling.heads
     assert TILE_SCORES // 8 <= tile <= 1.2 * TILE_SCORES
     assert plan.cost.largest_intermediate < length * prod((length,) * order)
-    assert plan.cost.peak_memory < 40 * 2**20
+    assert plan.cost.peak_memory < 64 * 2**20
 
 
 @pytest.mark.parametrize("limit", [2**17, 2**19, 2**21, 2**23])
@@ -83,7 +83,7 @@ def test_blocks_shrink_to_the_memory_limit(limit: int) -> None:
     assert tiling is not None
     for workspace in (forward_workspace, backward_workspace):
         for in_place in (False, True):
-            fixed = 2**16 if in_place else 0  # numpy's own
+            fixed = CONVERSION_BUFFERS if in_place else 0
             assert workspace(problem, tiling, in_place=in_place) <= limit + fixed
 
 

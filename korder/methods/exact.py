@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import inf
-from typing import Any
+from typing import Any, ClassVar
 
 from array_api_compat import device
 
@@ -18,6 +18,7 @@ from korder.methods.layout import HeadBlock, Layout, block_of, by_head, by_key_h
 from korder.methods.masks import MaskGeometry, Range, blocks
 from korder.methods.tiles import RowCotangent, RowState, TileArithmetic, Wanted, finite_reference
 from korder.methods.walk import Steps, TileWalk, row_by_row
+from korder.planning.memory import forward_workspace
 from korder.planning.plan import Plan
 from korder.spi.operands import KernelOutput, OperandGradients, Operands, OutputGradients
 
@@ -29,10 +30,13 @@ class ExactKernel:
 
     Shapes:   `Operands` of the plan's problem; output (b, h, n, e); lse (b, h, n).
     Cost:     2 n m1..mk (d + e) flop a head forward, three times that backward, times the live share of the tuples;
-              workspace as the plan's `cost.peak_memory`.
+              workspace as the plan's `cost.peak_memory`, less where the weights overwrite the scores.
     Numerics: sums in `problem.accumulation`; a tuple that is masked never matters, not even NaN.
     Source:   online softmax; order 2: Alman & Song, arXiv 2310.04064; its gradient: Liang et al., arXiv 2405.16411.
     """
+
+    in_place: ClassVar[bool] = False
+    """Whether the arithmetic lets the weights of a tile overwrite its scores; it sets `workspace_bytes`."""
 
     def __init__(self, xp: Any, plan: Plan) -> None:
         if plan.tiling is None:
@@ -47,7 +51,7 @@ class ExactKernel:
     @property
     def workspace_bytes(self) -> int:
         """Bytes beyond inputs and outputs that a forward needs."""
-        return self.plan.cost.peak_memory
+        return forward_workspace(self.plan.problem, self.tiling, in_place=self.in_place)
 
     def arithmetic(self) -> TileArithmetic:
         """Return the arithmetic of one call; a subclass may return one with buffers."""

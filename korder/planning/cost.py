@@ -25,7 +25,7 @@ def exact_cost(problem: Problem, tiling: Tiling) -> Cost:
     return Cost(
         flops=round(2 * live * (width + problem.value_width)) + _projection_flops(problem),
         bytes_moved=operand_bytes(problem),
-        peak_memory=forward_workspace(problem, tiling, in_place=True),
+        peak_memory=forward_workspace(problem, tiling, in_place=False),
         largest_intermediate=max(tile * tiling.keys, laid_out(problem), *(tiling.heads * step.size for step in steps)),
         exponentials=round(live),
     )

@@ -51,7 +51,7 @@ def tile_steps(problem: Problem, tiling: Tiling) -> tuple[ContractionStep, ...]:
 
 
 def _notes(problem: Problem, tiling: Tiling) -> tuple[str, ...]:
-    notes = [f"backward works in {size(backward_workspace(problem, tiling, in_place=True))}"]
+    notes = [f"backward works in {size(backward_workspace(problem, tiling, in_place=False))}"]
     if problem.spec.mask.kind != "full":
         notes.append(f"{live_share(problem):.1%} of the tuples are live; tiles without any are skipped")
     return tuple(notes)

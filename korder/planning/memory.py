@@ -9,8 +9,8 @@ from korder.planning.path import contraction_steps
 from korder.planning.plan import ContractionStep, Tiling
 from korder.problem import ITEM_BYTES, Problem
 
-NUMPY_BUFFER = 2**16
-"""Bytes that NumPy takes for itself while it broadcasts one array against another."""
+CONVERSION_BUFFERS = 2**16
+"""Bytes allowed for what an array library takes for itself while it converts or broadcasts."""
 
 
 def forward_workspace(problem: Problem, tiling: Tiling, *, in_place: bool) -> int:
@@ -19,15 +19,16 @@ def forward_workspace(problem: Problem, tiling: Tiling, *, in_place: bool) -> in
     Args:
         problem: The problem.
         tiling: Its tiling.
-        in_place: Whether the weights overwrite the scores (numpy); else several arrays of their size live at once.
+        in_place: Whether the kernel lets the weights overwrite the scores. Plans are made for kernels that do not,
+            where several arrays of that size live at once: what holds for them holds for the others.
     """
     tile = _TileSizes(problem, tiling)
-    elements = tile.scores if in_place else 4 * tile.scores + tile.sums + tile.folding
+    elements = tile.scores if in_place else 3 * tile.scores + tile.sums + tile.folding
     elements += tile.query + tile.inner_side + tile.masks + tile.gates + tile.sums + 3 * tile.outputs
     if _has_more_tiles(problem, tiling):  # the next fold finds the buffers of the tile before
         elements += tile.folding
     narrow_output = _rows(problem) * problem.value_width if _narrow(problem) else 0
-    fixed = NUMPY_BUFFER if in_place else 0
+    fixed = CONVERSION_BUFFERS if in_place else 0
     return fixed + _item(problem) * (elements + laid_out(problem) + narrow_output)
 
 

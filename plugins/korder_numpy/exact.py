@@ -37,6 +37,8 @@ GROWN = 2.0**20
 class NumpyExactKernel(ExactKernel):
     """The exact kernel with NumPy's in-place arithmetic; every call has buffers of its own, so threads may share it."""
 
+    in_place = True
+
     def arithmetic(self) -> TileArithmetic:
         """Return arithmetic with fresh buffers."""
         return NumpyTileArithmetic(self.xp)
