@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from korder.dispatch.arrays import array_kind, dtype_name, namespace_of_kind, resolve_spec
+from korder.dispatch.arrays import (
+    array_kind,
+    checked_shape,
+    dtype_name,
+    each_mode,
+    namespace_of_kind,
+    resolve_spec,
+)
 from korder.dispatch.registry import BackendStatus, default_registry
 from korder.dispatch.request import as_given, make_request, make_result, measure_request
 from korder.dispatch.run import run
@@ -142,17 +149,18 @@ def plan(
 ) -> tuple[Plan, ...]:
     """Return the ranked plans for operands of these shapes; no array is needed. `print(plan(...)[0].explain())`.
 
-    Shapes: as `attend`, given as tuples of integers.
+    Shapes: as `attend`, given as tuples of integers, or as the arrays themselves.
     Raises: ShapeError, SpecError, UnsupportedProblemError: as `attend`.
     """
+    keys, values = each_mode(keys, "keys"), each_mode(values, "values")
     spec = resolve_spec(spec, len(keys), weighted=weight is not None)
     shapes = Shapes(
-        query=tuple(query),
-        keys=tuple(tuple(key) for key in keys),
-        values=tuple(tuple(value) for value in values),
-        weight=_plain_shape(weight),
-        biases=tuple(None if bias is None else tuple(bias) for bias in biases or ()),
-        key_masks=tuple(None if mask is None else tuple(mask) for mask in key_masks or ()),
+        query=checked_shape(query, "query"),
+        keys=tuple(checked_shape(key, f"keys[{t}]") for t, key in enumerate(keys)),
+        values=tuple(checked_shape(value, f"values[{t}]") for t, value in enumerate(values)),
+        weight=_weight_shape(weight),
+        biases=_optional_shapes(biases, "biases"),
+        key_masks=_optional_shapes(key_masks, "key_masks"),
         # Positions are run-time operands, so a plan does not ask for them.
         offsets_given=getattr(spec.mask, "align", None) is None,
     )
@@ -212,14 +220,22 @@ def merge(results: Sequence[Result]) -> Result:
         >>> bool(np.allclose(merge(parts).output, attend(x, (x, x), (x, x))))
         True
     """
-    parts = tuple(results)
-    _check_parts(parts)
+    parts = _checked_parts(results)
     xp = namespace_of_kind(array_kind(parts[0].output))
     output, lse = merging.merge_outputs(xp, [part.output for part in parts], [part.lse for part in parts])
     return Result(output, lse, merging.merge_certificates(xp, parts, lse))
 
 
-def _check_parts(parts: tuple[Result, ...]) -> None:
+def _checked_parts(results: Any) -> tuple[Result, ...]:
+    parts = tuple(results) if isinstance(results, Iterable) else (results,)
+    for index, part in enumerate(parts):
+        if not isinstance(part, Result) or not isinstance(results, Iterable):
+            raise OperandError(
+                "merge takes a sequence of results of attend_result.",
+                code="not-a-result",
+                expected="[korder.attend_result(...), ...]",
+                got=f"{type(part).__name__} at position {index}" if part is not results else type(results).__name__,
+            )
     if not parts:
         raise ShapeError("there is nothing to merge.", code="parts-missing", expected="at least one result", got="none")
     first = parts[0]
@@ -239,6 +255,7 @@ def _check_parts(parts: tuple[Result, ...]) -> None:
                     expected=" ".join(wanted),
                     got=" ".join(found),
                 )
+    return parts
 
 
 def backends() -> tuple[BackendStatus, ...]:
@@ -255,7 +272,16 @@ def register_backend(backend: Backend) -> None:
     default_registry().register(backend)
 
 
-def _plain_shape(weight: Any) -> Any:
+def _weight_shape(weight: Any) -> Any:
     if weight is None:
         return None
-    return tuple(size if isinstance(size, int) else tuple(size) for size in weight)
+    if hasattr(weight, "shape") or all(isinstance(size, int) for size in weight):
+        return checked_shape(weight, "weight")
+    return tuple(checked_shape(factor, f"weight[{t}]") for t, factor in enumerate(weight))
+
+
+def _optional_shapes(shapes: Any, name: str) -> tuple[tuple[int, ...] | None, ...]:
+    if shapes is None:
+        return ()
+    named = enumerate(each_mode(shapes, name))
+    return tuple(None if shape is None else checked_shape(shape, f"{name}[{t}]") for t, shape in named)

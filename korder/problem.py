@@ -115,14 +115,7 @@ def make_problem(
         SpecError: The number of keys is not the spec's order.
     """
     _check_counts(spec, shapes)
-    if dtype not in FLOAT_DTYPES:
-        raise OperandError(
-            "operands must be real floating-point arrays.",
-            code="dtype-unsupported",
-            expected=f"one of {', '.join(FLOAT_DTYPES)}",
-            got=dtype,
-            hint="convert them first, for example query.astype('float32').",
-        )
+    check_dtype("every operand", dtype)
     _check_leading(shapes)
     batch_axes, heads, groups = _head_layout(shapes)
     _check_lengths_and_widths(shapes)
@@ -148,6 +141,18 @@ def make_problem(
         key_masks=_check_key_masks(shapes, batch_axes, groups),
         statistics=statistics,
     )
+
+
+def check_dtype(name: str, dtype: str) -> None:
+    """Raise `OperandError` unless a dtype is one of the real floating-point ones."""
+    if dtype not in FLOAT_DTYPES:
+        raise OperandError(
+            f"{name} must be a real floating-point array.",
+            code="dtype-unsupported",
+            expected=f"one of {', '.join(FLOAT_DTYPES)}",
+            got=dtype,
+            hint="convert it first, for example query.astype('float32').",
+        )
 
 
 def _check_counts(spec: AttentionSpec, shapes: Shapes) -> None:

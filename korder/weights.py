@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 from korder.dispatch.arrays import (
@@ -145,7 +146,7 @@ def top_tuples(
 
     Shapes:
         as `attend`; indices (b, h, n, count, k), one key index per mode, -1 where a query has fewer tuples;
-        probabilities (b, h, n, count), 0 there, in float32 or wider.
+        probabilities (b, h, n, count), 0 there, in float32 or wider. A count above the number of tuples becomes that.
 
     Raises:
         SpecError: `count` below 1.
@@ -159,7 +160,7 @@ def top_tuples(
         >>> top_tuples(x, (x, x), count=1)[0][:, 0].tolist()
         [[0, 0], [1, 1], [2, 2]]
     """
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+    if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
         raise SpecError("count must be a positive integer.", expected="count >= 1", got=repr(count))
     given, problem, operands = _exact_request(
         query, keys, spec, weight, biases, key_masks, query_offset, key_offsets, "top tuples"
@@ -167,6 +168,7 @@ def top_tuples(
     from korder.methods.top_tuples import TopTuples
 
     xp = namespace_of_kind(given.kind)
+    count = min(int(count), max(problem.tuples, 1))
     indices, probabilities = TopTuples(xp, exact_plan(problem)).top(operands, count)
     leading = given.shapes.query[:-1]
     return xp.reshape(indices, (*leading, count, problem.order)), xp.reshape(probabilities, (*leading, count))

@@ -220,9 +220,9 @@ X = np.zeros((5, 3), "float32")
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "keys not a tuple": ({"keys": X}, OperandError, "keys must be a tuple"),
     "lists of numbers": ({"query": [[1.0]]}, OperandError, "query is not an array"),
-    "integer query": ({"query": X.astype(int)}, OperandError, "dtype"),
+    "integer query": ({"query": X.astype(int)}, OperandError, "query must be a real floating-point"),
     "integers everywhere": (
-        {"query": X.astype(int), "keys": (X.astype(int),), "values": (X.astype(int),)}, OperandError, "floating-point"),
+        {"query": X.astype(int), "keys": (X.astype(int),), "values": (X.astype(int),)}, OperandError, "query must be a real"),
     "mixed dtypes": ({"values": (X.astype("float64"),)}, OperandError, "values[0] has another dtype"),
     "mask of numbers": ({"key_masks": (np.ones(5, "float32"),)}, OperandError, "key_masks[0]"),
     "bias dtype": ({"biases": (np.ones((5, 5)),)}, OperandError, "biases[0]"),
@@ -334,6 +334,22 @@ def test_a_spec_of_the_wrong_type_is_said_so_everywhere() -> None:
     ):
         with pytest.raises(SpecError, match="spec must be"):
             call()
+
+
+@pytest.mark.parametrize("shape", [12, (-1, 3), (5.0, 3), "ab", None])
+def test_what_is_no_shape_is_refused_before_planning(shape: Any) -> None:
+    with pytest.raises(ShapeError, match="query is not a shape"):
+        korder.plan(query=shape, keys=[(5, 3)], values=[(5, 3)])
+
+
+def test_plans_take_arrays_for_their_shapes() -> None:
+    assert korder.plan(query=X, keys=[X], values=[X]) == korder.plan(query=(5, 3), keys=[(5, 3)], values=[(5, 3)])
+
+
+def test_statistics_are_what_measure_returns() -> None:
+    spec = AttentionSpec(order=1, method=Polynomial(tolerance=0.1))
+    with pytest.raises(OperandError, match="statistics"):
+        korder.attend(X, (X,), (X,), spec=spec, statistics=3)
 
 
 def test_plans_and_calls_infer_the_same_spec() -> None:

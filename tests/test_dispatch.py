@@ -164,7 +164,7 @@ def test_prepared_kernels_are_reused_until_a_backend_is_added() -> None:
     assert prepare(found, problem, "numpy") is first
     found.register(Stub("b", 2))
     assert prepare(found, problem, "numpy").selection.backend.name == "b"
-    with pytest.raises(PluginLoadError, match="two distributions"):
+    with pytest.raises(PluginLoadError, match="two backends"):
         found.register(Stub("b", 3))
 
 
@@ -234,7 +234,7 @@ BROKEN = {
     "not a backend": (lambda: plugin("cuda"), "'cuda'"),
     "class, not instance": (lambda: plugin(Stub), "not a Backend"),
     "version": (lambda: plugin(old()), "api_version == 0"),
-    "taken name": (lambda: plugin(Stub("good")), "two distributions"),
+    "taken name": (lambda: plugin(Stub("good")), "two backends"),
 }
 
 

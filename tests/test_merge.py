@@ -82,6 +82,9 @@ def test_parts_must_fit() -> None:
         korder.merge([a, b])
     with pytest.raises(ShapeError, match="nothing to merge"):
         korder.merge([])
+    for wrong in (a, None, [a.output], [a, 3]):
+        with pytest.raises(OperandError, match="sequence of results"):
+            korder.merge(wrong)
     narrow = korder.Result(a.output.astype("float32"), a.lse)
     with pytest.raises(OperandError, match=r"output of results\[1\]"):
         korder.merge([a, narrow])

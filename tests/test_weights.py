@@ -88,9 +88,8 @@ def test_top_tuples(given: dict[str, Any]) -> None:
 
 def test_more_tuples_asked_for_than_there_are() -> None:
     case = random_case(2, seed=32, lengths=(2, 3))
-    indices, probabilities = korder.top_tuples(case.query, case.keys, count=10)
-    assert (indices[..., 6:, :] == -1).all()
-    np.testing.assert_array_equal(probabilities[..., 6:], 0)
+    indices, probabilities = korder.top_tuples(case.query, case.keys, count=np.int64(10**9))
+    assert indices.shape[-2:] == (6, 2)
     np.testing.assert_allclose(probabilities.sum(axis=-1), 1, rtol=1e-14)
 
 

@@ -10,7 +10,7 @@ from math import prod
 from typing import Any
 
 from korder.errors import OperandError, ShapeError, SpecError
-from korder.problem import Shapes
+from korder.problem import Shapes, check_dtype
 from korder.spec import MAX_ORDER, AttentionSpec, Full
 from korder.spi.operands import Operands
 
@@ -118,12 +118,13 @@ def read_operands(
     Raises:
         OperandError: Not arrays, or mixed kinds, dtypes or devices, or a key mask that is not boolean.
     """
-    keys, values = _modes(keys, "keys"), _modes(values, "values")
-    biases = _modes(biases, "biases") if biases is not None else ()
-    key_masks = _modes(key_masks, "key_masks") if key_masks is not None else ()
+    keys, values = each_mode(keys, "keys"), each_mode(values, "values")
+    biases = each_mode(biases, "biases") if biases is not None else ()
+    key_masks = each_mode(key_masks, "key_masks") if key_masks is not None else ()
     if isinstance(weight, list):
         weight = tuple(weight)
     kind, dtype, device = array_kind(query, "query"), dtype_name(query), device_name(query)
+    check_dtype("query", dtype)
     for name, array in _operands(keys, values, weight, biases):
         _check_same(name, array, kind, dtype, device)
     for t, mask in enumerate(key_masks):
@@ -146,7 +147,12 @@ def read_operands(
     )  # fmt: skip
 
 
-def _modes(arrays: Any, name: str) -> tuple[Any, ...]:
+def each_mode(arrays: Any, name: str) -> tuple[Any, ...]:
+    """Return a tuple with one entry per mode.
+
+    Raises:
+        OperandError: Something that is neither tuple nor list.
+    """
     if isinstance(arrays, (tuple, list)):
         return tuple(arrays)
     raise OperandError(
@@ -289,3 +295,24 @@ def checked_backend_name(backend: Any) -> str:
     if not isinstance(backend, str):
         raise OperandError("backend must be a name.", expected='a name, or "auto"', got=repr(backend))
     return backend
+
+
+def checked_shape(shape: Any, name: str) -> tuple[int, ...]:
+    """Return a shape, also of an array, as a tuple of integers.
+
+    Raises:
+        ShapeError: Not a shape: not a sequence, or lengths that are no integers or below 0.
+    """
+    given = getattr(shape, "shape", shape)
+    try:
+        sizes = tuple(operator.index(size) for size in given)
+        if min(sizes, default=0) >= 0:
+            return sizes
+    except TypeError:
+        pass
+    raise ShapeError(
+        f"{name} is not a shape.",
+        code="shape-invalid",
+        expected="a tuple of integers, 0 or more, or an array",
+        got=repr(given),
+    )

@@ -86,7 +86,7 @@ def check_backend(backend: Any, origin: Origin, loaded: Sequence[Loaded]) -> Non
     """Raise `PluginLoadError` unless `backend` speaks this contract under a name that is free."""
     if not isinstance(backend, Backend):
         raise PluginLoadError(
-            f"{origin} returned something that is not a Backend.",
+            f"{origin} brings something that is not a Backend.",
             code="plugin-not-a-backend",
             expected="instances of korder.spi.Backend",
             got=f"{backend!r} of type {type(backend).__name__}",
@@ -95,7 +95,7 @@ def check_backend(backend: Any, origin: Origin, loaded: Sequence[Loaded]) -> Non
     missing = [name for name in ("name", "api_version", "array_kinds") if not hasattr(backend, name)]
     if missing:
         raise PluginLoadError(
-            f"backend {type(backend).__name__} of {origin} lacks required attributes.",
+            f"backend {type(backend).__name__} lacks required attributes; it comes from {origin}.",
             code="plugin-incomplete",
             expected="class attributes name, api_version and array_kinds",
             got=f"no {', '.join(missing)}",
@@ -103,7 +103,7 @@ def check_backend(backend: Any, origin: Origin, loaded: Sequence[Loaded]) -> Non
     _check_facts(backend, origin)
     if backend.api_version != API_VERSION:
         raise PluginLoadError(
-            f"backend {backend.name!r} of {origin} speaks another version of the backend contract.",
+            f"backend {backend.name!r} speaks another version of the backend contract; it comes from {origin}.",
             code="plugin-api-version",
             expected=f"api_version == {API_VERSION}",
             got=f"api_version == {backend.api_version!r}",
@@ -112,11 +112,11 @@ def check_backend(backend: Any, origin: Origin, loaded: Sequence[Loaded]) -> Non
     for other in loaded:
         if other.backend.name == backend.name:
             raise PluginLoadError(
-                f"two distributions bring a backend called {backend.name!r}.",
+                f"there are two backends called {backend.name!r}.",
                 code="plugin-duplicate",
                 expected="one backend for each name",
-                got=f"{other.origin} and {origin}",
-                hint="uninstall one of them, or name one in KORDER_DISABLE_PLUGINS.",
+                got=f"one from {other.origin}, one from {origin}",
+                hint="give one another name, uninstall one, or name its entry point in KORDER_DISABLE_PLUGINS.",
             )
 
 
@@ -135,7 +135,7 @@ def _check_facts(backend: Backend, origin: Origin) -> None:
     for what, (value, fits, expected) in facts.items():
         if not fits:
             raise PluginLoadError(
-                f"{what} of backend {backend.name!r} of {origin} is not what the contract says.",
+                f"{what} of backend {backend.name!r} is not what the contract says; it comes from {origin}.",
                 code="plugin-malformed",
                 expected=expected,
                 got=repr(value),

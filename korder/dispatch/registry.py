@@ -63,7 +63,7 @@ class Registry:
         Raises:
             PluginLoadError: Not a backend, another contract version, or a name that is taken.
         """
-        origin = Origin("registered in this process")
+        origin = Origin("register_backend in this process")
         with self._lock:
             check_backend(backend, origin, self._loaded)
             self._loaded.append(Loaded(backend, origin))

@@ -17,6 +17,7 @@ from korder.dispatch.arrays import (
 )
 from korder.dispatch.registry import Registry
 from korder.dispatch.run import Outcome, Request
+from korder.errors import OperandError
 from korder.problem import ScoreStatistics, make_problem
 from korder.result import Result
 from korder.spec import AttentionSpec
@@ -58,6 +59,10 @@ def make_request(
         query_offset=query_offset,
         key_offsets=key_offsets,
     )
+    if statistics is not None and not isinstance(statistics, ScoreStatistics):
+        raise OperandError(
+            "statistics must be what measure returns.", expected="korder.measure(...)", got=repr(statistics)
+        )
     spec, backend = resolve_spec(spec, len(given.keys), weighted=weight is not None), checked_backend_name(backend)
     problem = make_problem(spec, given.shapes, given.dtype, given.device, statistics)
     request = Request(problem, to_kernel_layout(given, spec), given.kind, backend)
