@@ -222,7 +222,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "lists of numbers": ({"query": [[1.0]]}, OperandError, "query is not an array"),
     "integer query": ({"query": X.astype(int)}, OperandError, "query must be a real floating-point"),
     "integers everywhere": (
-        {"query": X.astype(int), "keys": (X.astype(int),), "values": (X.astype(int),)}, OperandError, "query must be a real"),
+        {"query": X.astype(int), "keys": (X.astype(int),), "values": (X.astype(int),)}, OperandError, "query must be"),
     "mixed dtypes": ({"values": (X.astype("float64"),)}, OperandError, "values[0] has another dtype"),
     "mask of numbers": ({"key_masks": (np.ones(5, "float32"),)}, OperandError, "key_masks[0]"),
     "bias dtype": ({"biases": (np.ones((5, 5)),)}, OperandError, "biases[0]"),
