@@ -190,6 +190,23 @@ def test_a_tolerance_that_no_degree_meets_raises_warns_or_is_met_exactly() -> No
     assert warned.certificate is not None
 
 
+def test_rounding_that_misses_alone_stops_the_search_and_is_said() -> None:
+    case = random_case(2, seed=9, spread=0.8, dtype="float32")
+    method = Polynomial(tolerance=1e-7)
+    with pytest.raises(korder.AccuracyError) as caught:
+        korder.attend(case.query, case.keys, case.values, spec=AttentionSpec(order=2, method=method))
+    assert 'precision="float64"' in (caught.value.hint or "")
+    spec = AttentionSpec(order=2, method=method, policy={"precision": "float64"})
+    wide = korder.attend_result(case.query, case.keys, case.values, spec=spec)
+    assert wide.provenance is not None
+    assert wide.provenance.plan.polynomial is not None
+    warns = Polynomial(tolerance=1e-7, on_exceed="warn")
+    with pytest.warns(korder.AccuracyWarning):
+        best = korder.attend_result(case.query, case.keys, case.values, spec=AttentionSpec(order=2, method=warns))
+    assert best.certificate is not None
+    assert best.certificate.bound.max() < 1e-2, "the best attempt is returned, not the last"
+
+
 def test_estimated_rows_are_measured_errors() -> None:
     case = random_case(
         2, seed=11, spread=0.8, mask=Causal(), query_offset=6, key_masks=(True, False), biases=("key", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from korder.dispatch.arrays import namespace_of_kind
 from korder.dispatch.prepare import Prepared, prepare
@@ -16,6 +17,9 @@ from korder.result import Certificate, Provenance
 from korder.spec import Polynomial
 from korder.spi.operands import KernelOutput, Operands
 from korder.spi.progress import PROGRESS
+
+if TYPE_CHECKING:
+    from korder.methods.tolerances import ToleranceCheck
 
 __all__ = ["PROGRESS", "Outcome", "Request", "run"]
 
@@ -54,31 +58,68 @@ def run(registry: Registry, request: Request, *, save: bool = False, certify: bo
     """
     notes: list[str] = []
     rejected: list[Rejection] = []
+    best: _Attempt | None = None
     first = 0
     while True:
         prepared = prepare(registry, request.problem, request.array_kind, request.backend, first=first, backward=save)
-        chosen = prepared.selection
-        rejected += chosen.rejected
-        output = prepared.kernel.forward(request.operands, save=save)
-        certificate, miss = _judge(request, prepared, output, certify)
-        first += chosen.rank + 1
-        if miss is None or first >= len(prepared.plans):
+        rejected += prepared.selection.rejected
+        attempt = _attempt(request, prepared, save=save, certify=certify)
+        best = attempt if best is None or attempt.ratio < best.ratio else best
+        first = _next_plan(prepared, first, attempt)
+        if attempt.met or first >= len(prepared.plans):
             break
-        notes.append(f"{chosen.plan.name}: {miss}; next {prepared.plans[first].name}")
-    if miss is not None:
-        _exceeded(request.problem, chosen.plan, miss)
-    provenance = Provenance(chosen.backend.name, chosen.plan, tuple(rejected), tuple(notes))
-    return Outcome(output, certificate, provenance, prepared)
+        notes.append(f"{attempt.plan.name}: {attempt.check}; next {prepared.plans[first].name}")
+    if not best.met:
+        _exceeded(request.problem, best)
+    selection = best.prepared.selection
+    provenance = Provenance(selection.backend.name, selection.plan, tuple(rejected), tuple(notes))
+    return Outcome(best.output, best.certificate, provenance, best.prepared)
 
 
-def _judge(
-    request: Request, prepared: Prepared, output: KernelOutput, certify: bool
-) -> tuple[Certificate | None, str | None]:
-    """Return the certificate, if one is due, and by how much it misses the tolerance, if it does."""
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """One plan's result, and how it stands against the tolerance; `check` is None where there is none to meet."""
+
+    prepared: Prepared
+    output: KernelOutput
+    certificate: Certificate | None
+    check: ToleranceCheck | None
+
+    @property
+    def plan(self) -> Plan:
+        return self.prepared.selection.plan
+
+    @property
+    def met(self) -> bool:
+        return self.check is None or self.check.met
+
+    @property
+    def ratio(self) -> float:
+        return 0.0 if self.check is None else self.check.ratio
+
+
+def _next_plan(prepared: Prepared, first: int, attempt: _Attempt) -> int:
+    """Return the rank of the plan to try next.
+
+    Higher degrees are passed over where rounding alone misses; the best that can be had, for a warning, is where
+    rounding is the larger part.
+    """
+    following = first + prepared.selection.rank + 1
+    check, method = attempt.check, attempt.plan.problem.spec.polynomial
+    warns = method is not None and method.on_exceed == "warn"
+    if check is not None and check.rounding_alone and (check.part == "rounding" or not warns):
+        while following < len(prepared.plans) and prepared.plans[following].polynomial is not None:
+            following += 1
+    return following
+
+
+def _attempt(request: Request, prepared: Prepared, *, save: bool, certify: bool) -> _Attempt:
+    """Run one plan, certify its result if that is due, and check it against the tolerance."""
+    output = prepared.kernel.forward(request.operands, save=save)
     plan = prepared.selection.plan
     method = request.problem.spec.polynomial
     if plan.method == "exact" or method is None or (method.tolerance is None and not certify):
-        return None, None
+        return _Attempt(prepared, output, None, None)
     from korder.methods import certificates
 
     unit = getattr(prepared.kernel, "rounding_unit", None)
@@ -90,23 +131,29 @@ def _judge(
         )
     xp = namespace_of_kind(request.array_kind)
     certificate = certificates.certify(xp, plan, request.operands, output, rounding_unit=unit)
-    if method.tolerance is None:
-        return certificate, None
-    return certificate, certificates.tolerance_miss(xp, certificate, request.operands, method.tolerance)
+    check = None
+    if method.tolerance is not None:
+        check = certificates.meets_tolerance(xp, certificate, request.operands, method.tolerance)
+    return _Attempt(prepared, output, certificate, check)
 
 
-def _exceeded(problem: Problem, plan: Plan, miss: str) -> None:
-    """Raise or warn: the last plan missed the tolerance."""
+def _exceeded(problem: Problem, best: _Attempt) -> None:
+    """Raise or warn: no plan met the tolerance."""
     method = problem.spec.method
     assert isinstance(method, Polynomial)
+    assert best.check is not None
     if method.on_exceed == "warn":
-        warnings.warn(f"the polynomial method misses its tolerance: {plan.name}: {miss}", AccuracyWarning, stacklevel=4)
+        text = f"the polynomial method misses its tolerance: {best.plan.name}: {best.check}"
+        warnings.warn(text, AccuracyWarning, stacklevel=4)
         return
     statistics = problem.statistics
     width = f"; the scores reach {statistics.half_width:g} from their row's centre" if statistics else ""
+    hint = 'use method Exact(), on_exceed="exact", a smaller scale, or a larger tolerance.'
+    if best.check.rounding_alone:
+        hint = f'rounding in {problem.accumulation} alone misses it: use policy precision="float64", or ' + hint[4:]
     raise AccuracyError(
         f"no degree of the polynomial method that is worth its cost meets tolerance {method.tolerance:g}.",
         expected=f"approximation and rounding within {method.tolerance:g} of the value range",
-        got=f"{plan.name}: {miss}{width}",
-        hint='use method Exact(), on_exceed="exact", a smaller scale, or a larger tolerance.',
+        got=f"{best.plan.name}: {best.check}{width}",
+        hint=hint,
     )

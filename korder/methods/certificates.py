@@ -14,13 +14,13 @@ from korder.methods.approximation import UNIT64, RowFacts, moment_bound, sup_bou
 from korder.methods.factors import SMALLEST_WEIGHT, Plane, assemble, planes
 from korder.methods.sight import Sight, Statistic, live_rows, visible_maxima
 from korder.methods.statistics import column_peaks, product_range, row_bounds
-from korder.methods.tolerances import ToleranceCheck, meets_tolerance, tolerance_miss
+from korder.methods.tolerances import ToleranceCheck, meets_tolerance
 from korder.planning.plan import Plan, PolynomialPlan
 from korder.problem import Problem
 from korder.result import Certificate
 from korder.spi.operands import KernelOutput, Operands
 
-__all__ = ["ToleranceCheck", "certify", "meets_tolerance", "tolerance_miss"]
+__all__ = ["ToleranceCheck", "certify", "meets_tolerance"]
 
 Array = Any
 
