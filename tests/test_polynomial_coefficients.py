@@ -185,3 +185,12 @@ def test_minimax_takes_the_interval_of_the_method_or_the_statistics() -> None:
     tolerance = Polynomial(tolerance=1e-3, coefficients="minimax")
     degrees = polynomial_degrees(problem(tolerance, statistics=ScoreStatistics(-1, 1, 1.0, 0.3)))
     assert degrees[0] == smallest_degree("minimax", 1.0, 2e-3)
+
+
+def test_bytes_moved_count_every_operand() -> None:
+    shapes = {"query": (1, 1, 100, 6), "keys": ((1, 1, 90, 6),) * 2, "values": ((1, 1, 90, 4),) * 2}
+    spec = AttentionSpec(order=2, method=Polynomial(degree=2))
+    plain = polynomial_plan(make_problem(spec, Shapes(**shapes), dtype="float32"), 2)
+    biased = Shapes(**shapes, biases=((1, 1, 1, 90), None))
+    moved = polynomial_plan(make_problem(spec, biased, dtype="float32"), 2).cost.bytes_moved
+    assert moved == plain.cost.bytes_moved + 4 * 90

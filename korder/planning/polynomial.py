@@ -148,24 +148,22 @@ def backward_workspace(problem: Problem, degree: int, chunk: int) -> int:
 
 
 class _BlockSizes:
-    """Sizes of what a pass over one block of tokens holds; bytes where not said otherwise."""
+    """Sizes of what a pass over one block of tokens holds.
+
+    Counts: features, those of the highest degree, channels, tokens, query heads that share a key head; elements of one
+    mode's key state; bytes of a block of features, of readings in float64, and of a run of running states.
+    """
 
     def __init__(self, problem: Problem, degree: int, chunk: int) -> None:
         width = problem.score_width
         self.item = _item(problem)
         self.causal = problem.spec.mask.kind == "causal"
         self.features = feature_count(width, degree)
-        """Number of them."""
         self.highest = feature_count(width - 1, degree)
-        """Number of those of the highest degree."""
         self.channels = problem.value_width + 1
-        """Number of them."""
         self.state = self.features * self.channels
-        """Elements of one mode's key state."""
         self.tokens = min(chunk, max(problem.queries, *problem.lengths, 1))
-        """Number of them."""
         self.shared = max(problem.heads // max(problem.groups, 1), 1)
-        """Query heads of one key head."""
         self.block = self.features * self.tokens * self.item
         self.readings = 8 * self.tokens * self.channels
         run = min(self.highest, 256) * self.tokens * self.channels
