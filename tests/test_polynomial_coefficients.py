@@ -194,3 +194,13 @@ def test_bytes_moved_count_every_operand() -> None:
     biased = Shapes(**shapes, biases=((1, 1, 1, 90), None))
     moved = polynomial_plan(make_problem(spec, biased, dtype="float32"), 2).cost.bytes_moved
     assert moved == plain.cost.bytes_moved + 4 * 90
+
+
+def test_many_tokens_need_no_more_memory() -> None:
+    n = 2**22
+    shapes = Shapes((1, 1, n, 6), ((1, 1, n, 6),) * 2, ((1, 1, n, 4),) * 2)
+    spec = AttentionSpec(order=2, method=Polynomial(degree=2))
+    plan = polynomial_plan(make_problem(spec, shapes, dtype="float32"), 2)
+    assert plan.cost.peak_memory < 2**23
+    assert plan.polynomial is not None
+    assert plan.polynomial.chunk == 1024

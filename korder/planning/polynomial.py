@@ -130,21 +130,25 @@ def forward_workspace(problem: Problem, degree: int, chunk: int) -> int:
 def backward_workspace(problem: Problem, degree: int, chunk: int) -> int:
     """Return bytes beyond inputs and outputs, all gradients wanted; counted as `forward_workspace`.
 
-    Gradients are collected in blocks, which live next to the arrays that they are joined into.
+    Gradients are collected in blocks, which live next to the arrays that they are joined into: as large as these are.
     """
+    keys = problem.batch * problem.groups * sum(problem.lengths)
+    rows = 24 * problem.batch * problem.heads * problem.queries
+    return rows + max(_backward_passes(problem, degree, chunk), operand_bytes(problem) + 8 * keys)
+
+
+def _backward_passes(problem: Problem, degree: int, chunk: int) -> int:
+    """Return the part of `backward_workspace` that the number of tokens does not set and smaller blocks shrink."""
     sizes = _BlockSizes(problem, degree, chunk)
     order, item, state = problem.order, sizes.item, 8 * sizes.state
-    keys = problem.batch * problem.groups * sum(problem.lengths)
-    queries = problem.batch * problem.heads * problem.queries
-    collected = operand_bytes(problem) + 8 * keys
-    rows = 24 * queries + sizes.readings * 5 + 3 * sizes.tokens * problem.score_width * item
+    rows = sizes.readings * 5 + 3 * sizes.tokens * problem.score_width * item
     if sizes.causal:
         blocks = 2 * (order + sizes.shared) * sizes.block
         runs = 2 * order + 2.5 if order > 1 else 1.5 + min(sizes.shared, 2)
         walking = max(3 * order * state + int(runs * sizes.run), 4 * order * state)
-        return max(blocks + max(walking, 2 * order * state + sizes.block) + rows, collected)
+        return blocks + max(walking, 2 * order * state + sizes.block) + rows
     # the parts of the features' gradient, what they are joined into, and the features themselves
-    return max((order + 2) * state + sizes.state * item + 3 * sizes.block + rows, collected)
+    return (order + 2) * state + sizes.state * item + 3 * sizes.block + rows
 
 
 class _BlockSizes:
@@ -180,7 +184,7 @@ def _chunk(problem: Problem, degree: int, features: int) -> int:
     for chunk in CHUNKS:
         if problem.spec.mask.kind == "causal" and chunk > CAUSAL_CHUNK:
             continue
-        needed = max(forward_workspace(problem, degree, chunk), backward_workspace(problem, degree, chunk))
+        needed = max(forward_workspace(problem, degree, chunk), _backward_passes(problem, degree, chunk))
         if needed <= limit:
             return chunk
     raise UnsupportedProblemError(
