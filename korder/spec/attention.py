@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from korder.spec.base import SpecModel
+from korder.spec.base import AsInteger, SpecModel, conflict
 from korder.spec.masks import Full, Mask, Window
 from korder.spec.methods import Exact, Method, Polynomial
 from korder.spec.policy import Policy
@@ -23,7 +24,9 @@ class AttentionSpec(SpecModel):
         Causal(kind='causal', align=None)
     """
 
-    order: Annotated[int, Field(ge=1, le=MAX_ORDER, strict=True)]
+    _example: ClassVar[Mapping[str, Any]] = {"order": 2}
+
+    order: Annotated[int, Field(ge=1, le=MAX_ORDER, strict=True), AsInteger]
     """Number of key matrices, the query not counted; 1 is ordinary attention."""
     scale: Literal["inverse_sqrt_dim", "inverse_dim"] | Annotated[float, Field(strict=True)] = "inverse_sqrt_dim"
     """Factor on every score: d ** -0.5, the papers' 1 / d, or a number; d is the query's width as given."""
@@ -39,7 +42,11 @@ class AttentionSpec(SpecModel):
     @model_validator(mode="after")
     def _fits_order(self) -> Self:
         if isinstance(self.mask, Window) and len(self.mask.sizes) != self.order:
-            raise ValueError(f"mask.sizes has {len(self.mask.sizes)} windows, order {self.order} needs one per mode")
+            count = len(self.mask.sizes)
+            raise conflict(
+                f"mask.sizes has {count} window{'s' * (count != 1)}, order = {self.order} needs one per mode",
+                expected=f"as many windows as the order, {self.order}",
+            )
         return self
 
     def score_factor(self, query_width: int) -> float:

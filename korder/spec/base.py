@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Self, cast
+import json
+import operator
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union, cast, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from korder.errors import SpecError
 
@@ -18,20 +22,46 @@ else:
     ModelMetaclass = type(BaseModel)  # pydantic has no public name for it
 
 
+def _as_integer(value: Any) -> Any:
+    """Return NumPy's integers and their like as int, and leave everything else to the check that follows."""
+    try:
+        return value if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return value
+
+
+AsInteger = BeforeValidator(_as_integer)
+"""Put it last in an annotation: pydantic leaves the bounds that follow it out of the JSON Schema."""
+
+
+def conflict(message: str, *, expected: str | None = None, got: str | None = None) -> PydanticCustomError:
+    """Return the error of a model validator: keys that do not fit each other."""
+    return PydanticCustomError("conflict", "{message}", {"message": message, "expected": expected, "got": got})
+
+
 class _SpecMeta(ModelMetaclass):
     """Turns the outermost `ValidationError` into a `SpecError`; nested models keep pydantic's, which carry the path."""
 
     def __call__(cls, *args: Any, **data: Any) -> Any:  # noqa: N805 - a metaclass
+        model = cast("type[SpecModel]", cls)
+        if args:
+            raise SpecError(
+                f"{model.__name__} takes keyword arguments only.",
+                expected=f"for example {model.__name__}({_arguments(model)})",
+                got=f"{model.__name__}({', '.join(map(_shorten, args))})",
+                hint="name every argument.",
+            )
         try:
-            return super().__call__(*args, **data)
+            return super().__call__(**data)
         except ValidationError as error:
-            raise spec_error(error, cast(type[BaseModel], cls)) from None
+            raise spec_error(error, model) from None
 
 
 class SpecModel(BaseModel, metaclass=_SpecMeta):
     """Frozen model that refuses unknown keys and raises `SpecError`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    _example: ClassVar[Mapping[str, Any]] = {}  # what an error text shows as a way to build the model
 
     @classmethod
     def model_validate(cls, obj: Any, **options: Any) -> Self:
@@ -41,6 +71,31 @@ class SpecModel(BaseModel, metaclass=_SpecMeta):
         except ValidationError as error:
             raise spec_error(error, cls) from None
 
+    @classmethod
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:
+        """Build the model from a JSON text; `SpecError` as for `model_validate`."""
+        try:
+            return super().model_validate_json(json_data, **options)
+        except ValidationError as error:
+            raise spec_error(error, cls) from None
+
+    if not TYPE_CHECKING:  # a type checker knows the fields as read-only
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            raise _frozen(self, name, f"{name} = {_shorten(value)}", _shorten(value))
+
+        def __delattr__(self, name: str) -> None:
+            raise _frozen(self, name, f"del {name}", "...")
+
+
+def _frozen(spec: SpecModel, name: str, got: str, value: str) -> SpecError:
+    return SpecError(
+        f"specs are frozen, {name} cannot be set.",
+        expected="a new spec with the other value",
+        got=got,
+        hint=f"use spec.model_copy(update={{{name!r}: {value}}})." if name in type(spec).model_fields else None,
+    )
+
 
 def spec_error(error: ValidationError, model: type[BaseModel]) -> SpecError:
     """Return the `SpecError` for a pydantic failure: its first problem in full, the others counted by key."""
@@ -48,28 +103,31 @@ def spec_error(error: ValidationError, model: type[BaseModel]) -> SpecError:
     first = problems[0]  # an unknown key first: where a required key was misspelt, it is the cause of the missing one
     path = _path(first["loc"], model)
     same = [item for item in problems if _path(item["loc"], model) == path]  # the branches of a union
-    others = [item for item in problems if item not in same]
-    suffix = f" (also wrong: {', '.join(_path(item['loc'], model) for item in others[:3])})" if others else ""
+    others = dict.fromkeys(_path(item["loc"], model) for item in problems if item not in same)
+    wrong = [other for other in others if not path.startswith(other)]
+    suffix = f" (also wrong: {', '.join(wrong[:3])})" if wrong else ""
     if first["type"] == "extra_forbidden":
         return _unknown_key(path, first, suffix, model)
+    expected = _expected(first, model)
     return SpecError(
-        f"{path or model.__name__} is not valid: {' or '.join(map(_sentence, same))}{suffix}.",
-        code="spec-invalid",
-        expected=_expected(first, model),
-        got=_shorten(first["input"]) if first["type"] != "missing" else "nothing",
-        hint=_hint(first) or "`korder schema` prints every key with its type and meaning.",
+        f"{_message(path or model.__name__, same, model)}{suffix}.",
+        expected=expected,
+        got=_got(first),
+        hint=_hint(first, model, expected or ""),
     )
 
 
 def _unknown_key(path: str, item: ErrorDetails, suffix: str, model: type[BaseModel]) -> SpecError:
-    known = sorted(_fields_at(item["loc"], model))
+    fields = _fields_at(item["loc"], model)
+    known = sorted(name for name, field in fields.items() if name != "kind" or field.is_required())
     near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
+    remove = "remove the key, or see `korder schema`." if _is_file(model) else "remove it."
     return SpecError(
         f"unknown key {path!r}{suffix}.",
         code="spec-unknown-key",
-        expected=f"one of {', '.join(known)}" if known else "no such key",
+        expected=f"one of {', '.join(known)}" if known else "no further key",
         got=f"{item['loc'][-1]} = {_shorten(item['input'])}",
-        hint=f"did you mean {near[0]!r}?" if near else "remove the key, or see `korder schema`.",
+        hint=f"did you mean {near[0]!r}?" if near else remove,
     )
 
 
@@ -81,7 +139,7 @@ def _path(loc: Iterable[int | str], model: type[BaseModel]) -> str:
     return text
 
 
-def _fields_at(loc: tuple[int | str, ...], model: type[BaseModel]) -> Iterable[str]:
+def _fields_at(loc: tuple[int | str, ...], model: type[BaseModel]) -> Mapping[str, FieldInfo]:
     last = model
     for _, owner in _walk(loc, model):
         last = owner
@@ -132,39 +190,207 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return found
 
 
+_WORDS = {
+    "missing": "missing",
+    "int_type": "not an integer",
+    "int_from_float": "not an integer",
+    "float_type": "not a number",
+    "float_parsing": "not a number",
+    "finite_number": "not a finite number",
+    "bool_type": "neither true nor false",
+    "string_type": "not a text",
+    "tuple_type": "not a list",
+    "literal_error": "not one of the known values",
+    "greater_than": "out of range",
+    "greater_than_equal": "out of range",
+    "less_than": "out of range",
+    "less_than_equal": "out of range",
+    "too_short": "empty",
+    "string_too_short": "empty",
+    "byte_size": "not a size in bytes",
+    "byte_size_unit": "not a size in bytes",
+    "union_tag_not_found": "without a kind",
+}
+_NO_TABLE = ("model_type", "model_attributes_type")
+
+
+def _message(path: str, same: list[ErrorDetails], model: type[BaseModel]) -> str:
+    """Return line 1: what is wrong with the key at `path`; keys that do not fit each other speak for themselves."""
+    item, value = same[0], same[0]["input"]
+    if isinstance(value, type) and item["type"] in (*_NO_TABLE, "union_tag_not_found"):
+        return f"{path} is the class {value.__name__}, not an instance"
+    if item["type"] in _NO_TABLE:
+        return f"{path} is {_noun(value)} where {'a table' if _is_file(model) else 'a spec'} belongs"
+    if isinstance(value, BaseModel) and item["type"].startswith("union_tag"):
+        return f"{path} is {_noun(value)}, which does not belong there"
+    if item["type"] == "union_tag_invalid":
+        return f"{path} is of an unknown kind, {item['ctx']['tag']!r}"
+    if all(one["type"] in _WORDS for one in same):
+        return f"{path} is {' and '.join(dict.fromkeys(_WORDS[one['type']] for one in same))}"
+    text = " or ".join(_sentence(one) for one in same)
+    return text if item["type"] in ("conflict", "value_error") and not item["loc"] else f"{path} is not valid: {text}"
+
+
 def _sentence(item: ErrorDetails) -> str:
     text = item["msg"].removeprefix("Value error, ")
     return text[:1].lower() + text[1:].rstrip(".")
 
 
+def _noun(value: Any) -> str:
+    kinds: tuple[tuple[Any, str], ...] = (
+        (bool, "a boolean"), (str, "a text"), ((int, float), "a number"), ((list, tuple), "a list"), (NoneType, "None"),
+    )  # fmt: skip
+    return next((name for kind, name in kinds if isinstance(value, kind)), _article(type(value).__name__))
+
+
+def _got(item: ErrorDetails) -> str | None:
+    if item["type"] == "missing":
+        return "nothing"
+    if item["type"] in ("conflict", "value_error"):
+        return item.get("ctx", {}).get("got") or _concerned(_sentence(item), item["input"])
+    return f"the class {item['input'].__name__}" if isinstance(item["input"], type) else _shorten(item["input"])
+
+
+def _concerned(text: str, values: Any) -> str | None:
+    """Return the values of the keys that `text` names, None where it names none."""
+    found = {}
+    for path in re.findall(r"\w+(?:\.\w+)*", text):
+        value = values
+        for part in path.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else getattr(value, part, None)
+        if value is not None and not callable(value):
+            found[path] = value
+    return ", ".join(f"{path} = {_shorten(value)}" for path, value in found.items()) or None
+
+
 def _expected(item: ErrorDetails, model: type[BaseModel]) -> str | None:
-    context = item.get("ctx", {})
-    if item["type"] == "union_tag_not_found":
-        options = [tag for option in _models_in(_field_at(item["loc"], model).annotation) if (tag := _tag(option))]
-        return f"kind = one of {', '.join(map(repr, options))}"
-    if "expected_tags" in context:
-        return f"kind = one of {context['expected_tags']}"
-    if "expected" in context:
-        return str(context["expected"])
-    bounds = [f"{sign} {context[key]}" for key, sign in _BOUNDS.items() if key in context]
-    if bounds or not item["loc"]:
-        return " and ".join(bounds) or None
+    if item["type"] in ("conflict", "value_error"):
+        return cast("str | None", item.get("ctx", {}).get("expected"))
+    if not item["loc"]:
+        return _table_or_spec([model], model) if item["type"] in _NO_TABLE else None
     field = _field_at(item["loc"], model)
-    return field.description and field.description[:1].lower() + field.description[1:].rstrip(".")
+    if item["type"].startswith("union_tag") and isinstance(item["input"], Mapping):
+        return f"kind = {_either([repr(_tag(option)) for option in _models_in(field.annotation)])}"
+    models = _models_in(field.annotation)
+    if models:
+        return _table_or_spec(models, model)
+    annotation, metadata = field.annotation, list(field.metadata)
+    if isinstance(item["loc"][-1], int):
+        annotation, metadata = _item_of(annotation), []
+    return _either(_choices(annotation, metadata)) or None
 
 
-_BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+def _table_or_spec(options: list[type[BaseModel]], model: type[BaseModel]) -> str:
+    tags = [repr(tag) for option in options if (tag := _tag(option))]
+    names = (
+        f"such as {_table(options[0], model)}" if _sample(options[0]) else f"of {', '.join(options[0].model_fields)}"
+    )
+    keys = f"with kind = {_either(tags)}" if tags else names
+    if _is_file(model):
+        return f"a table {keys}"
+    return f"an instance of {_either([option.__name__ for option in options])}, or a dict {keys}"
 
 
-def _hint(item: ErrorDetails) -> str | None:
-    tag = item.get("ctx", {}).get("tag")
-    if tag is None:
-        return None
-    known = [word.strip("' ") for word in str(item["ctx"]["expected_tags"]).split(",")]
-    near = difflib.get_close_matches(str(tag), known, n=1, cutoff=0.4)
-    return f"did you mean {near[0]!r}?" if near else None
+def _choices(annotation: Any, metadata: Sequence[Any] = (), *, many: bool = False) -> list[str]:
+    """Return in words what a field of this type takes, one text per alternative."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        inner = [part for item in arguments[1:] for part in (item.metadata if isinstance(item, FieldInfo) else [item])]
+        return _choices(arguments[0], [*metadata, *inner], many=many)
+    if origin in (Union, UnionType):
+        parts = [_choices(part, metadata, many=many) for part in arguments if part is not NoneType]
+        return [choice for part in parts for choice in part]
+    filled = "non-empty " if any(getattr(item, "min_length", None) for item in metadata) else ""
+    if origin is Literal:
+        return [repr(value) for value in arguments]
+    if origin is tuple:
+        return [f"a {filled}list of {_either(_choices(arguments[0], many=True))}"]
+    if annotation is ByteSize:
+        return ["a positive number of bytes, or a text such as '256MiB'"]
+    if annotation is bool:
+        return ["true or false"]
+    if annotation is str:
+        return ["texts" if many else f"a {filled}text"]
+    bounds = {name: bound for item in metadata for name in _SIGNS if (bound := getattr(item, name, None)) is not None}
+    return [_number(annotation, bounds, many)] if annotation in (int, float) else []
+
+
+def _item_of(annotation: Any) -> Any:
+    """Return the type of the items of the first list in `annotation`."""
+    if get_origin(annotation) is tuple:
+        return get_args(annotation)[0]
+    return next((item for part in get_args(annotation) if (item := _item_of(part)) is not None), None)
+
+
+_SIGNS = {"gt": "above", "ge": "of at least", "lt": "below", "le": "at most"}
+
+
+def _number(kind: type, bounds: dict[str, float], many: bool) -> str:
+    noun = ("integer" if kind is int else "number") + ("s" if many else "")
+    if kind is int and "gt" in bounds:
+        bounds = {"ge": bounds["gt"] + 1, **{name: bound for name, bound in bounds.items() if name != "gt"}}
+    text = noun if kind is int else f"finite {noun}"
+    if bounds in ({"ge": 1}, {"gt": 0}):
+        text = f"positive {noun}"
+    elif set(bounds) == {"ge", "le"}:
+        text = f"{noun} from {bounds['ge']:g} to {bounds['le']:g}"
+    elif bounds:
+        text = f"{noun} {' and '.join(f'{_SIGNS[name]} {bound:g}' for name, bound in bounds.items())}"
+    return text if many else _article(text)
+
+
+def _article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiouAEIOU' else 'a'} {noun}"
+
+
+def _either(words: list[str]) -> str:
+    return " or ".join(part for part in (", ".join(words[:-1]), *words[-1:]) if part)
+
+
+def _hint(item: ErrorDetails, model: type[BaseModel], expected: str) -> str | None:
+    """Return what to write instead; a run file without anything nearer is sent to the schema."""
+    fallback = "`korder schema` prints every key with its type and meaning." if _is_file(model) else None
+    if item["type"] in ("conflict", "value_error"):
+        return fallback
+    value, options = item["input"], _models_in(_field_at(item["loc"], model).annotation) if item["loc"] else [model]
+    if isinstance(value, type):
+        return f"korder.{value.__name__}({_arguments(value)})" if value in options else fallback
+    if item["type"] == "union_tag_not_found" and isinstance(value, Mapping):
+        fitting = [option for option in options if set(value) <= set(option.model_fields)]
+        return f'add the key, for example kind = "{_tag((fitting or options)[0])}".'
+    word = item["ctx"]["tag"] if item["type"] == "union_tag_invalid" else value
+    known = re.findall(r"'([^' ]+)'", expected) if isinstance(word, str) else []
+    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.4)
+    meant = [option for option in options if near and _tag(option) == near[0]]
+    if meant and item["type"] in _NO_TABLE:
+        python = "" if _is_file(model) else f", or korder.{meant[0].__name__}({_arguments(meant[0])})"
+        return f"write {_table(meant[0], model)}{python}."
+    return f"did you mean {near[0]!r}?" if near and item["type"] != "byte_size" else fallback
+
+
+def _is_file(model: type[BaseModel]) -> bool:
+    return "schema_version" in model.model_fields
+
+
+def _sample(model: type[BaseModel]) -> Mapping[str, Any]:
+    example: Mapping[str, Any] = getattr(model, "_example", {})
+    return example or {name: ... for name, field in model.model_fields.items() if field.is_required()}
+
+
+def _arguments(model: type[BaseModel]) -> str:
+    """Return keyword arguments, as in Python, that build a `model`."""
+    return ", ".join(f"{name}={_shorten(value)}" for name, value in _sample(model).items())
+
+
+def _table(option: type[BaseModel], model: type[BaseModel]) -> str:
+    """Return a table that builds an `option`, as TOML in a run file and as a dict in Python."""
+    values = ({"kind": tag} if (tag := _tag(option)) else {}) | dict(_sample(option))
+    if _is_file(model):
+        texts = {name: "..." if item is ... else json.dumps(item) for name, item in values.items()}
+        return "{" + ", ".join(f"{name} = {text}" for name, text in texts.items()) + "}"
+    return "{" + ", ".join(f"{name!r}: {_shorten(item)}" for name, item in values.items()) + "}"
 
 
 def _shorten(value: Any) -> str:
-    text = repr(value)
+    text = "..." if value is ... else repr(value)
     return text if len(text) <= 120 else text[:117] + "..."

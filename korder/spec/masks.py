@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
-from korder.spec.base import SpecModel
+from korder.spec.base import AsInteger, SpecModel
 
 Align = Literal["start", "end"]
 
@@ -28,8 +29,10 @@ class Causal(SpecModel):
 class Window(SpecModel):
     """A query at position i sees the tuples with i - w_t < j_t <= i for every mode t: w_t keys, its own included."""
 
+    _example: ClassVar[Mapping[str, Any]] = {"sizes": (128, 128)}
+
     kind: Literal["window"] = "window"
-    sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    sizes: Annotated[tuple[Annotated[int, Field(gt=0, strict=True), AsInteger], ...], Field(min_length=1)]
     """One window per mode, in keys."""
     align: Align | None = None
     """How unequal lengths line up: "start" puts first on first, "end" puts last on last."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from korder.spec.base import SpecModel
+from korder.spec.base import AsInteger, SpecModel, conflict
 
 
 class Exact(SpecModel):
@@ -22,8 +23,10 @@ class Polynomial(SpecModel):
     Source: Alman & Song, arXiv 2310.04064.
     """
 
+    _example: ClassVar[Mapping[str, Any]] = {"degree": 4}
+
     kind: Literal["polynomial"] = "polynomial"
-    degree: Annotated[int, Field(ge=0, le=64, strict=True)] | None = None
+    degree: Annotated[int, Field(ge=0, le=64, strict=True), AsInteger] | None = None
     """Degree of the polynomial. Alone: that degree, unchecked. With a tolerance: fixed, and checked."""
     tolerance: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Largest allowed error, relative to the range of the value products. Alone: the degree is chosen."""
@@ -33,15 +36,21 @@ class Polynomial(SpecModel):
     """Half-width, in score units, of the interval of the minimax coefficients; the certified range when None."""
     on_exceed: Literal["raise", "exact", "warn"] = "raise"
     """What to do when the certificate misses the tolerance."""
-    estimate_rows: Annotated[int, Field(ge=0, strict=True)] = 0
+    estimate_rows: Annotated[int, Field(ge=0, strict=True), AsInteger] = 0
     """Rows computed exactly as well, for an estimate of the error beside the certificate."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
         if self.degree is None and self.tolerance is None:
-            raise ValueError("give a degree, a tolerance, or both")
+            raise conflict(
+                "a polynomial needs a degree, a tolerance, or both",
+                expected="for example degree = 4, or tolerance = 1e-3",
+                got="neither",
+            )
         if self.interval is not None and self.coefficients == "taylor":
-            raise ValueError("an interval belongs to coefficients = 'minimax'")
+            raise conflict("an interval belongs to coefficients = 'minimax'", expected="coefficients = 'minimax'")
+        if self.on_exceed != "raise" and self.tolerance is None:
+            raise conflict("on_exceed belongs to a tolerance", expected="a tolerance, or no on_exceed")
         return self
 
 
