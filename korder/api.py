@@ -248,7 +248,9 @@ def _checked_parts(results: Any) -> tuple[Result, ...]:
                     expected=str(tuple(model.shape)),
                     got=str(tuple(array.shape)),
                 )
-            found, wanted = (array_kind(array), dtype_name(array)), (array_kind(model), dtype_name(model))
+            found, wanted = [array_kind(array), dtype_name(array)], [array_kind(model), dtype_name(model)]
+            if name == "lse":  # float32 from one method, float64 from another
+                found, wanted = found[:1], wanted[:1]
             if found != wanted:
                 raise OperandError(
                     f"{name} of results[{index}] is of another kind than that of results[0].",

@@ -134,9 +134,9 @@ class Kronecker(LazyOperator):
 
     def _apply(self, right: Array) -> Array:
         columns = right.shape[1]
-        done, rest = 1, prod(f.shape[1] for f in self.factors)
-        for factor in self.factors:
-            rest //= factor.shape[1]
+        done = 1
+        for number, factor in enumerate(self.factors):
+            rest = prod(f.shape[1] for f in self.factors[number + 1 :])
             block = self.xp.reshape(right, (done, factor.shape[1], rest * columns))
             right = self.xp.matmul(factor, block)
             done *= factor.shape[0]
@@ -227,8 +227,9 @@ class TransposedKhatriRao(LazyOperator):
         # The last mode first, by a matrix product; then one mode at a time, each keeping its own column apart.
         block = self.xp.reshape(right, (prod(lengths[:-1]), lengths[-1], columns))
         block = self.xp.matmul(self.factors[-1].T[None, :, :], block)  # (outer, d, c)
-        for factor, length in zip(reversed(self.factors[:-1]), reversed(lengths[:-1]), strict=True):
-            block = self.xp.reshape(block, (-1, length, width, columns))
+        for t in range(len(lengths) - 2, -1, -1):
+            factor = self.factors[t]
+            block = self.xp.reshape(block, (prod(lengths[:t]), lengths[t], width, columns))
             block = self.xp.sum(block * factor[None, :, :, None], axis=1)
         return self.xp.reshape(block, (width, columns))
 

@@ -35,9 +35,9 @@ class ScoreStatistics:
     """
 
     score_low: float
-    """Lower bound of every score."""
+    """Lower bound of every score, biases left out."""
     score_high: float
-    """Upper bound of every score."""
+    """Upper bound of every score, biases left out."""
     half_width: float
     """Largest distance of a score bound of a row from the row's centre."""
     rms: float

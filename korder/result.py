@@ -30,7 +30,7 @@ class Certificate:
     lse_bound: Array
     """Bound on the absolute error of lse."""
     score_range: Array
-    """Rigorous lower and upper bound of every row's live scores."""
+    """Rigorous lower and upper bound of every row's live scores, biases left out."""
     kind: str
     """Which certificate gave the bound of most rows: "moment" or "sup"; "merged" after `merge` of parts that differ."""
     estimate: Array | None = None

@@ -75,6 +75,15 @@ def test_exact_and_approximate_parts_merge() -> None:
     assert (np.abs(merged.output - exact).max(axis=-1) <= merged.certificate.bound).all()
 
 
+def test_parts_of_float32_merge_whatever_their_lse_is_in() -> None:
+    case = random_case(2, seed=24, dtype="float32")
+    approximate = halves(case, 0, 4, spec=AttentionSpec(order=2, method=Polynomial(degree=6)))[0]
+    exact = halves(case, 0, 4)[1]
+    assert approximate.lse.dtype != exact.lse.dtype
+    merged = korder.merge([approximate, exact])
+    assert (merged.output.dtype, merged.lse.dtype) == ("float32", "float64")
+
+
 def test_parts_must_fit() -> None:
     first, second = random_case(1, seed=1), random_case(1, seed=1, queries=5)
     a, b = (korder.attend_result(case.query, case.keys, case.values) for case in (first, second))

@@ -16,6 +16,8 @@ from korder.spi.operands import Operands
 
 Array = Any
 _ROOTS = {"jaxlib": "jax", "jax": "jax"}
+LARGEST_OFFSET = 2**60
+"""Positions are 64-bit integers, and sums of a few of them must be too."""
 _NOT_PLAIN = ("MaskedArray", "matrix")
 
 
@@ -167,7 +169,7 @@ def _offset(name: str, offset: Any) -> int | None:
     if offset is None:
         return None
     try:
-        return operator.index(offset)
+        index = operator.index(offset)
     except TypeError:
         raise OperandError(
             f"{name} must be an integer: the position of the first element.",
@@ -175,6 +177,14 @@ def _offset(name: str, offset: Any) -> int | None:
             expected="an integer",
             got=f"{offset!r} of type {type(offset).__name__}",
         ) from None
+    if abs(index) > LARGEST_OFFSET:
+        raise OperandError(
+            f"{name} is too far from position 0.",
+            code="offset-too-large",
+            expected=f"an integer within +-{LARGEST_OFFSET}",
+            got=repr(offset),
+        )
+    return index
 
 
 def _offsets(offsets: Any, order: int) -> tuple[int, ...] | None:

@@ -63,7 +63,16 @@ def run(registry: Registry, request: Request, *, save: bool = False, certify: bo
     while True:
         prepared = prepare(registry, request.problem, request.array_kind, request.backend, first=first, backward=save)
         rejected += prepared.selection.rejected
-        attempt = _attempt(request, prepared, save=save, certify=certify)
+        try:
+            attempt = _attempt(request, prepared, save=save, certify=certify)
+        except AccuracyError as error:  # a normaliser that is not positive: unusable, unless another plan is left
+            first += prepared.selection.rank + 1
+            if first >= len(prepared.plans):
+                if best is None:
+                    raise
+                break
+            notes.append(f"{prepared.selection.plan.name}: {error.message} next {prepared.plans[first].name}")
+            continue
         best = attempt if best is None or attempt.ratio < best.ratio else best
         first = _next_plan(prepared, first, attempt)
         if attempt.met or first >= len(prepared.plans):

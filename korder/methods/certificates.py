@@ -23,6 +23,7 @@ from korder.spi.operands import KernelOutput, Operands
 __all__ = ["ToleranceCheck", "certify", "meets_tolerance"]
 
 Array = Any
+_SMALLEST_VALUES = 64.0 * float(np.finfo(np.float32).smallest_normal)
 
 
 @np.errstate(all="ignore")
@@ -51,7 +52,10 @@ def certify(xp: Any, plan: Plan, operands: Operands, output: KernelOutput, *, ro
     lost = xp.where(rows.lost > 0.0, rows.lost * xp.exp(logarithm), zero)
     inexact = rows.relative / (1.0 - rows.relative) * sizes
     moved = xp.where(spread > 0.0, (lost + xp.tanh(0.5 * bounds.perturbation)) * spread, 0.0 * spread)
-    rounding = inexact + moved + _final_unit(xp, problem) * largest
+    # the last term: value products, and an output, too small for their dtype
+    rounding = (
+        inexact + moved + _final_unit(xp, problem) * largest + xp.where(sizes > 0.0, _SMALLEST_VALUES + zero, zero)
+    )
     lse_bound = logarithm + _log_shift(xp, lost) + _log_shift(xp, rows.relative) + bounds.perturbation
     lse_bound = lse_bound + _lse_rounding(xp, output.lse, rows)
     # sums that may be half wrong say nothing; NaN stays NaN

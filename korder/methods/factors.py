@@ -215,7 +215,8 @@ def _with_liveness(
 def _bias_maximum(xp: Any, bias: Array, live: Array) -> Array:
     if bias.shape[0] == 0:
         return xp.zeros((), dtype=xp.float64, device=device(bias))
-    largest = xp.max(xp.where(live, bias, xp.full_like(bias, -float("inf"))))
+    # NaN and infinity are left to the queries that see them
+    largest = xp.max(xp.where(xp.logical_and(live, xp.isfinite(bias)), bias, xp.full_like(bias, -float("inf"))))
     return xp.where(largest == -float("inf"), xp.zeros_like(largest), largest)
 
 

@@ -219,7 +219,7 @@ def _query_backward(
             parts = []
             for s, share in enumerate(shares):
                 weighted = share[:, None] * gradient
-                power = xp.astype(weighted * kernel.problem.scale**s, kernel.dtype)
+                power = xp.astype(weighted * kernel.scale_sign**s, kernel.dtype)
                 collected[s] = kernel.product(features[kernel.table.rows(s), :], power, collected[s])
                 spread = xp.astype(weighted * table.factors[s], kernel.dtype)
                 parts.append(xp.matmul(table.values[s], xp.permute_dims(spread, (1, 0))))

@@ -16,6 +16,8 @@ def merge_outputs(xp: Any, outputs: Sequence[Array], lses: Sequence[Array]) -> t
     Shapes:
         outputs (b, h, n, e); lses (b, h, n), -inf where a part has no tuple, and then its output does not matter.
     """
+    wide = max((lse.dtype for lse in lses), key=lambda dtype: xp.finfo(dtype).bits)
+    lses = [xp.astype(lse, wide) for lse in lses]
     highest = lses[0]
     for lse in lses[1:]:
         highest = xp.maximum(highest, lse)
@@ -101,9 +103,14 @@ def _moved(xp: Any, parts: Sequence[Result], shift: Array) -> Array:
     return xp.where(several, xp.tanh(shift / 2) * gap, xp.zeros_like(shift))
 
 
+def _cast(xp: Any, output: Array) -> Array:
+    """The output, or where it has 16 bits one of 32: the last cast to 16 bits does not count in any certificate."""
+    return output if xp.finfo(output.dtype).bits >= 32 else xp.astype(output, xp.float32)
+
+
 def _own_rounding(xp: Any, parts: Sequence[Result], zero: Array) -> Array:
     """Bound of the rounding of the merge itself: a few units in the last place of the largest output of a part."""
-    unit = max(float(xp.finfo(part.lse.dtype).eps) for part in parts)
+    unit = max(float(xp.finfo(array.dtype).eps) for part in parts for array in (part.lse, _cast(xp, part.output)))
     largest = zero
     for part in parts:
         sizes = xp.max(xp.abs(_selected(xp, part.output, part.lse)), axis=-1)

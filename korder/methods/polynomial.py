@@ -56,6 +56,7 @@ class PolynomialKernel:
         self.table: FeatureTable = feature_table(plan.problem.score_width, plan.polynomial.degree)
         self.dtype = getattr(xp, plan.problem.accumulation)
         self.rounding_unit = (self.sum_block + 8) * 0.5 * float(xp.finfo(self.dtype).eps)
+        self.scale_sign = -1.0 if plan.problem.scale < 0 else 1.0
         self.workspace_bytes = plan.cost.peak_memory
 
     @np.errstate(all="ignore")
@@ -157,16 +158,15 @@ class PolynomialKernel:
         return self.normalised(values, absolute, scales)
 
     def normalised(self, values: Array, absolute: Array, scales: Array) -> ReadTable:
-        """Split a table (r, ..) by degree, times multiplicities, scales and `scale`, each degree to at most 1."""
+        """Split a table (r, ..) by degree, times `monomial_weights` and the scale's sign, each degree to at most 1."""
         xp = self.xp
         monomials = self.monomial_weights(scales)
         parts = ReadTable([], [], [], [])
         for s in range(self.polynomial.degree + 1):
             rows = self.table.rows(s)
-            power = self.problem.scale**s
             for source, entries, factors, sign in (
-                (values, parts.values, parts.factors, power),
-                (absolute, parts.absolute, parts.absolute_factors, abs(power)),
+                (values, parts.values, parts.factors, self.scale_sign**s),
+                (absolute, parts.absolute, parts.absolute_factors, 1.0),
             ):
                 block = source[rows, :] * monomials[rows, :]
                 finite = xp.where(xp.isfinite(block), xp.abs(block), xp.zeros_like(block))
@@ -176,11 +176,14 @@ class PolynomialKernel:
         return parts
 
     def monomial_weights(self, scales: Array) -> Array:
-        """Return multiplicities times the product of all column scales to the monomial's power: (r, 1) float64."""
+        """Return multiplicities times the monomials of |scale| times all column scales: (r, 1) float64.
+
+        The scale goes with the columns, because a power of it alone may overflow where the scores are small.
+        """
         xp = self.xp
         # a copy, because not every library takes memory that it may not write to
         counts = xp.asarray(multinomials(self.table).copy(), dtype=xp.float64, device=device(scales))
-        product = prod_arrays([scales[t, ...] for t in range(self.problem.order + 1)])
+        product = prod_arrays([scales[t, ...] for t in range(self.problem.order + 1)]) * abs(self.problem.scale)
         return counts[:, None] * polynomial_features(xp, self.table, product[:, None])
 
     def read(self, columns: Array, features: Array, table: ReadTable) -> Reading:

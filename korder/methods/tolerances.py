@@ -42,13 +42,29 @@ class ToleranceCheck:
 def meets_tolerance(xp: Any, certificate: Certificate, operands: Operands, tolerance: float) -> ToleranceCheck:
     """Return whether approximation <= tolerance * value range and rounding <= tolerance * largest value product.
 
-    Both references are the largest over channels of the row's head; rows with no live tuple, or with NaN, are exempt.
+    Both references are the largest over channels of the row's head. Rows with no live tuple are exempt, and where an
+    operand holds NaN or infinity so are rows with NaN; a NaN that came out of finite operands misses.
     """
     spread, largest = _head_values(xp, operands)
-    approximation = _worst_row(xp, "approximation", certificate.approximation, tolerance * spread)
-    rounding = _worst_row(xp, "rounding", certificate.rounding, tolerance * largest)
+    parts = [certificate.approximation, certificate.rounding]
+    if _all_finite(xp, operands):
+        parts = [xp.where(xp.isnan(part), xp.full_like(part, float("inf")), part) for part in parts]
+    approximation = _worst_row(xp, "approximation", parts[0], tolerance * spread)
+    rounding = _worst_row(xp, "rounding", parts[1], tolerance * largest)
     worst = rounding if rounding.ratio > approximation.ratio else approximation
     return replace(worst, rounding_alone=not rounding.met)
+
+
+def _all_finite(xp: Any, operands: Operands) -> bool:
+    """Whether no operand holds NaN or infinity, masked keys and biases of -inf left out."""
+    weight = operands.weight
+    arrays = [operands.query, *(weight if isinstance(weight, tuple) else () if weight is None else (weight,))]
+    masks = operands.key_masks or (None,) * len(operands.keys)
+    for pair, mask in zip(zip(operands.keys, operands.values, strict=True), masks, strict=True):
+        arrays += [array if mask is None else xp.where(mask[..., None], array, xp.zeros_like(array)) for array in pair]
+    biases = [bias for bias in operands.biases or () if bias is not None]
+    arrays += [xp.where(bias == -float("inf"), xp.zeros_like(bias), bias) for bias in biases]
+    return all(bool(xp.all(xp.isfinite(array))) for array in arrays)
 
 
 def _worst_row(xp: Any, part: str, bound: Array, allowed: Array) -> ToleranceCheck:
