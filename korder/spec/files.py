@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +72,14 @@ def _read_text(path: Path) -> str:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         siblings = sorted(p.name for p in path.parent.glob("*") if p.suffix in SUFFIXES)
+        stems = difflib.get_close_matches(path.stem, {Path(name).stem for name in siblings}, n=3, cutoff=0.6)
+        near = [name for stem in stems for name in siblings if Path(name).stem == stem]
         raise SpecError(
             f"there is no file {path}.",
             code="file-missing",
             expected="the path of a run file",
             got=str(path.absolute()),
-            hint=f"that folder has {', '.join(siblings[:5])}." if siblings else "that folder has no run files.",
+            hint=f"that folder has {', '.join(near)}." if near else "paths are relative to the working directory.",
         ) from None
     except UnicodeDecodeError as error:
         raise SpecError(
@@ -96,7 +100,7 @@ def _parse(path: Path, text: str) -> Any:
         if suffix == ".toml":
             return tomllib.loads(text)
         if suffix == ".json":
-            return json.loads(text, object_pairs_hook=_without_duplicates)
+            return json.loads(text, object_pairs_hook=_without_duplicates(path))
         return _parse_yaml(path, text)
     except tomllib.TOMLDecodeError as error:
         found = re.search(r"\(at line (\d+), column (\d+)\)", str(error))
@@ -105,7 +109,12 @@ def _parse(path: Path, text: str) -> Any:
     except json.JSONDecodeError as error:
         raise _syntax_error(path, text, error.lineno, error.colno, error.msg) from None
     except RecursionError:
-        raise SpecError(f"the file {path} is nested too deeply.", code="file-syntax") from None
+        raise SpecError(
+            f"the file {path} is nested too deeply.",
+            code="file-syntax",
+            expected="a table of tables of values",
+            got="brackets within brackets without end",
+        ) from None
 
 
 def _parse_yaml(path: Path, text: str) -> Any:
@@ -120,7 +129,7 @@ def _parse_yaml(path: Path, text: str) -> Any:
             hint="pip install 'korder[yaml]', or write the file as TOML.",
         ) from None
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _yaml_loader(path))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line, column = (mark.line + 1, mark.column + 1) if mark else _end(text)
@@ -129,13 +138,52 @@ def _parse_yaml(path: Path, text: str) -> Any:
         raise _syntax_error(path, text, *_end(text), str(error).splitlines()[0]) from None
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        names = [name for name, _ in pairs]
-        double = next(name for name in names if names.count(name) > 1)
-        raise SpecError(f"the key {double!r} stands twice in one table.", code="file-syntax")
-    return content
+# YAML 1.1 takes 1e-3 for text, because it asks for a point; here it is the number that it is in TOML and JSON.
+_YAML_NUMBER = re.compile(r"[-+]?\d[\d_]*(?:\.[\d_]*)?[eE][-+]?\d+\Z")
+
+
+def _yaml_loader(path: Path) -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            _check_once(path, names)
+            return node
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _YAML_NUMBER, list("-+0123456789"))
+    return Loader
+
+
+def _yaml_text(content: Mapping[str, Any]) -> str:
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        """Puts quotes round a text that `_yaml_loader` would take for a number."""
+
+    Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _YAML_NUMBER, list("-+0123456789"))
+    return str(yaml.dump(content, Dumper=Dumper, sort_keys=False))
+
+
+def _without_duplicates(path: Path) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        _check_once(path, [name for name, _ in pairs])
+        return dict(pairs)
+
+    return table
+
+
+def _check_once(path: Path, names: list[str]) -> None:
+    name, count = max(Counter(names).items(), key=lambda item: item[1], default=("", 0))
+    if count > 1:
+        raise SpecError(
+            f"{path}: the key {name!r} stands {count} times in one table.",
+            code="file-syntax",
+            expected="every key once in a table",
+            got=f"{name!r} {count} times",
+            hint="remove all but one.",
+        )
 
 
 def _end(text: str) -> tuple[int, int]:
@@ -228,9 +276,7 @@ def format_run(run: SpecModel, suffix: str = ".toml") -> str:
     if suffix == ".json":
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     if suffix in (".yaml", ".yml"):
-        import yaml
-
-        return str(yaml.safe_dump(content, sort_keys=False))
+        return _yaml_text(content)
     return _toml_document(content)
 
 
