@@ -93,7 +93,15 @@ def test_an_output_that_overflows_is_an_accuracy_missed() -> None:
     path = write_arrays(value_1=np.full((5, 2), 3e38, "float32"), value_2=np.full((3, 2), 3e38, "float32"))
     with np.errstate(over="ignore"):
         result = call("run", path, "--format", "json")
-    assert_refused(result, 1, "output-nonfinite", ["run.toml", "x.npz"])
+    error = assert_refused(result, 1, "output-nonfinite", ["run.toml", "x.npz"])
+    assert "products of values overflow in float32" in error["hint"]
+
+
+def test_scores_that_overflow_name_their_keys() -> None:
+    arguments = ("--set", "attention.scale=1e39", "--set", "data.score_rms=1.0", "--format", "json")
+    with np.errstate(all="ignore"):
+        error = assert_refused(call("run", write(), *arguments), 1, "output-nonfinite", ["run.toml"])
+    assert "attention.scale = 1e+39 and data.score_rms = 1" in error["hint"]
 
 
 def test_a_tolerance_that_no_degree_can_meet() -> None:

@@ -289,3 +289,47 @@ def test_a_wrong_answer_about_the_cards_is_seen() -> None:
     assert set_cards.verdict(lse, tuples) == truth
     assert set_cards.verdict(lse[::-1], tuples) != truth
     assert set_cards.verdict(lse, tuples[::-1]) != truth
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive at all", b"\x80\x04K\x01."])
+def test_a_file_that_is_no_archive_is_called_that(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.npz").write_bytes(content)
+    with pytest.raises(SpecError) as caught:
+        read_inputs(tmp_path / "x.npz")
+    assert "is not an .npz archive" in caught.value.message
+    assert "pickle" not in str(caught.value)
+    assert (repr(content[:8]) if content else "an empty file") in caught.value.got
+
+
+def test_one_array_is_no_archive_and_junk_is_no_array(tmp_path: Path) -> None:
+    np.save(tmp_path / "query.npy", np.ones((2, 2)))
+    (tmp_path / "query.npy").rename(tmp_path / "x.npz")
+    with pytest.raises(SpecError) as caught:
+        read_inputs(tmp_path / "x.npz")
+    assert "directory" in caught.value.hint
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "query.npy").write_bytes(b"junk")
+    with pytest.raises(SpecError) as caught:
+        read_inputs(tmp_path / "folder")
+    assert "pickle" not in str(caught.value)
+    assert "junk" in caught.value.got
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("data", "keys"),
+    [({"score_rms": 1e5, "dtype": "float16"}, {}), ({"score_rms": 1.0}, {"scale": 1e-300})],
+)
+def test_a_rescaling_that_overflows_names_its_keys(data: dict[str, Any], keys: dict[str, Any]) -> None:
+    with pytest.raises(SpecError) as caught:
+        build_inputs(run_of({"kind": "random", "n": 5, "width": 3, **data}, **keys))
+    assert caught.value.code == "data-overflow"
+    assert "data.score_rms or attention.scale" in caught.value.message
+    assert f"data.score_rms = {data['score_rms']:g}" in caught.value.got
+
+
+def test_an_empty_text_gets_no_impossible_hint(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_bytes(b"")
+    with pytest.raises(SpecError) as caught:
+        texts.read_text(TextData(path=str(tmp_path / "t.txt"), tokens=4, width=2))
+    assert caught.value.hint == "set data.path to a longer text."

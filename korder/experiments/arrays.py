@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,8 @@ from korder.errors import KorderError, OperandError, ShapeError, SpecError
 from korder.experiments.inputs import FloatArray, Inputs
 
 _NAME = re.compile(r"query|weight|(?:key|value|weight|bias|key_mask)_[1-9]\d*")
+_PLACE = re.compile(r"\b(key_mask|biase|key|value|weight)s?\[(\d+)\]")
+_MAGIC = b"\x93NUMPY"
 _NAMES = ("query", "key_1", "value_1", "weight", "weight_1", "bias_1", "key_mask_1")
 
 
@@ -32,6 +35,24 @@ def read_inputs(path: Path) -> Inputs:
         _check_name(path, name, arrays)
         _check_kind(name, array)
     return _assemble(path, arrays)
+
+
+@contextmanager
+def names_of_the_file() -> Iterator[None]:
+    """Let errors call the arrays as the file does: key_1 for what Python calls keys[0]."""
+    try:
+        yield
+    except (OperandError, ShapeError, SpecError) as error:
+        error.message = _in_file_names(error.message)
+        error.args = (error.message,)
+        for name in ("expected", "got", "hint"):
+            text = getattr(error, name)
+            setattr(error, name, text and _in_file_names(text))
+        raise
+
+
+def _in_file_names(text: str) -> str:
+    return _PLACE.sub(lambda place: f"{place[1].replace('biase', 'bias')}_{int(place[2]) + 1}", text)
 
 
 def check_finite(inputs: Inputs) -> None:
@@ -81,6 +102,18 @@ def _read(path: Path) -> Mapping[str, NDArray[Any]]:
 
 
 def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
+    if path.is_file() and not is_zipfile(path):
+        with path.open("rb") as file:
+            start = file.read(8)
+        raise SpecError(
+            f"the file {path} is not an .npz archive.",
+            code="data-unreadable",
+            expected="an archive as numpy.savez writes it",
+            got=f"{path.stat().st_size} bytes that begin with {start!r}" if start else "an empty file",
+            hint="it is one .npy array: put it into a directory as query.npy, key_1.npy .. and name that."
+            if start.startswith(_MAGIC)
+            else "write it with numpy.savez(path, query=.., key_1=.., value_1=..).",
+        )
     try:
         # Opened here: NumPy leaves a file open when it turns out to be no archive.
         with path.open("rb") as file:
@@ -105,6 +138,10 @@ def _member(path: Path, archive: Any, name: str) -> NDArray[Any]:
 
 def _load(path: Path, name: str) -> NDArray[Any]:
     try:
+        with path.open("rb") as file:
+            start = file.read(len(_MAGIC))
+        if start != _MAGIC:
+            raise ValueError(f"the file begins with {start!r}, not as numpy.save writes it")
         return np.asarray(np.load(path, allow_pickle=False))
     except ValueError as error:
         raise _objects(name) if "pickle" in str(error).lower() else _unreadable(path, error) from None

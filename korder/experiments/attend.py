@@ -18,7 +18,7 @@ from korder.dispatch.registry import default_registry
 from korder.dispatch.run import PROGRESS, Request
 from korder.errors import AccuracyError, AccuracyWarning, UnsupportedProblemError
 from korder.experiments import set_cards
-from korder.experiments.data import build_inputs, check_problem, outline
+from korder.experiments.data import build_inputs, check_problem, names_in, outline
 from korder.experiments.inputs import FloatArray, Inputs
 from korder.experiments.machine import matmul_rate, one_blas_thread
 from korder.experiments.placement import Placement, place, placement_for, to_numpy
@@ -28,6 +28,8 @@ from korder.planning.plan import Plan
 from korder.result import Result
 from korder.spec import AttentionSpec, Exact
 from korder.spec.runs import ArraysData, AttendRun, SetCardsData
+
+_LONG_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,8 @@ def plans_of(run: AttendRun, placement: Placement) -> tuple[Plan, ...]:
     else:
         inputs = build_inputs(run)
         known = inputs.outline()
-        statistics = api.measure(inputs.query, inputs.keys, inputs.values, spec=run.attention, **inputs.optional())
+        with names_in(run):
+            statistics = api.measure(inputs.query, inputs.keys, inputs.values, spec=run.attention, **inputs.optional())
     return candidate_plans(replace(check_problem(run, known), device=placement.device, statistics=statistics))
 
 
@@ -117,17 +120,19 @@ def run_attend(run: AttendRun, progress: Progress | None = None) -> Report:
     with _timed(timings, "attend_seconds"), _heard_by(progress), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", AccuracyWarning)
         # Rows to be measured are left for later, so that this time is that of the attention alone.
-        result = api.attend_result(
-            inputs.query,
-            inputs.keys,
-            inputs.values,
-            spec=_without_estimate(run.attention),
-            backend=run.backend,
-            **inputs.optional(),
-        )
+        with names_in(run):
+            result = api.attend_result(
+                inputs.query,
+                inputs.keys,
+                inputs.values,
+                spec=_without_estimate(run.attention),
+                backend=run.backend,
+                **inputs.optional(),
+            )
     report = Report(run, result, timings)
     _note_warnings(report, caught)
     _check_output(report)
+    _note_empty_queries(report)
     if run.attention.polynomial is not None:
         _measure_against_exact(report, inputs, progress)
     if isinstance(run.data, SetCardsData):
@@ -169,6 +174,15 @@ def _note_warnings(report: Report, caught: list[warnings.WarningMessage]) -> Non
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
+def _note_empty_queries(report: Report) -> None:
+    lse = to_numpy(report.result.lse)
+    if lse.size and np.isneginf(lse).all():
+        report.warnings.append(
+            f"{lse.size} of {lse.size} queries see no tuple, so every output is 0: see attention.mask, the lengths of "
+            "the modes, key masks and biases"
+        )
+
+
 def _check_output(report: Report) -> None:
     """A NaN in the output is an error unless the data were allowed to hold one."""
     output = to_numpy(report.result.output)
@@ -187,8 +201,20 @@ def _check_output(report: Report) -> None:
         code="output-nonfinite",
         expected="finite outputs from finite operands",
         got=text,
-        hint="the products overflow in this dtype: scale the values down, or use a wider dtype.",
+        hint=_overflow_hint(report),
     )
+
+
+def _overflow_hint(report: Report) -> str:
+    lse, dtype = to_numpy(report.result.lse), report.plan.problem.accumulation
+    if np.isfinite(lse).all():
+        return f"the products of values overflow in {dtype}: scale the values down, or use a wider dtype."
+    run = report.run
+    keys = [f"attention.scale = {run.attention.scale}"]
+    for name in ("score_rms", "score_bound"):
+        wanted = getattr(run.data, name, None)
+        keys += [f"data.{name} = {wanted:g}"] if wanted is not None else []
+    return f"the scores overflow in {dtype}: choose smaller numbers than {' and '.join(keys)}, or a wider dtype."
 
 
 def _measure_against_exact(report: Report, inputs: Inputs, progress: Progress) -> None:
@@ -208,6 +234,12 @@ def _measure_against_exact(report: Report, inputs: Inputs, progress: Progress) -
     report.exact_need = ExactNeed(plan, matmul_rate(problem.accumulation))
     if spec.polynomial.estimate_rows and problem.batch * problem.heads * problem.queries:
         with _timed(report.timings, "measured_rows_seconds"):
+            share = min(1.0, spec.polynomial.estimate_rows / (problem.batch * problem.heads * problem.queries))
+            if report.exact_need.seconds * share > _LONG_SECONDS:
+                progress.note(
+                    f"checking {spec.polynomial.estimate_rows} rows against the exact method, at least "
+                    f"{report.exact_need.seconds * share:.0f} s"
+                )
             report.measured = _measure_rows(report, inputs, spec.polynomial.estimate_rows, progress)
         report.checks.append(_certificate_holds(report.measured))
 

@@ -69,7 +69,7 @@ def _chosen(names: tuple[str, ...] | None) -> tuple[str, ...]:
     known = tuple(benchmark_rows.ROWS)
     for name in names or ():
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
             raise SpecError(
                 f"no benchmark row is called {name!r}.",
                 code="row-unknown",

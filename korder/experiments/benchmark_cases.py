@@ -64,7 +64,8 @@ def make_case(
     generator = np.random.default_rng(n)
     draw: Callable[[], FloatArray] = lambda: generator.standard_normal((1, 1, n, width)).astype(dtype)  # noqa: E731
     query, keys = draw(), tuple(draw() for _ in range(spec.order))
-    query = rescaled(query, score_rms(query, keys, spec.score_factor(width)), score_size)
+    if score_size is not None:
+        query = rescaled(query, score_rms(query, keys, spec.score_factor(width)), score_size, "the size of scores")
     values = tuple(draw() for _ in range(spec.order))
     none = (None,) * spec.order
     operands = Operands(query, keys, values, none, none, key_offsets=(0,) * spec.order)

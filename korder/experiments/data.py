@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
 
 from korder.experiments import set_cards, text
-from korder.experiments.arrays import check_finite, read_inputs
+from korder.experiments.arrays import check_finite, names_of_the_file, read_inputs
 from korder.experiments.inputs import FloatArray, Inputs, Outline, rescaled, score_rms
 from korder.problem import Problem, Shapes, make_problem
 from korder.spec.runs import ArraysData, AttendRun, RandomData, SetCardsData, TextData
@@ -34,7 +35,13 @@ def check_problem(run: AttendRun, known: Outline) -> Problem:
     Raises:
         ShapeError, OperandError, SpecError: As `korder.problem.make_problem`.
     """
-    return make_problem(run.attention, known.shapes, known.dtype)
+    with names_in(run):
+        return make_problem(run.attention, known.shapes, known.dtype)
+
+
+def names_in(run: AttendRun) -> AbstractContextManager[None]:
+    """Return the context in which errors call operands as the run's file does, where they come from one."""
+    return names_of_the_file() if isinstance(run.data, ArraysData) else nullcontext()
 
 
 def build_inputs(run: AttendRun) -> Inputs:
@@ -83,5 +90,6 @@ def _random_inputs(data: RandomData, run: AttendRun) -> Inputs:
 
     query, keys = draw(shapes.query), tuple(map(draw, shapes.keys))
     if data.score_rms is not None:
-        query = rescaled(query, score_rms(query, keys, run.attention.score_factor(data.width)), data.score_rms)
+        present = score_rms(query, keys, run.attention.score_factor(data.width))
+        query = rescaled(query, present, data.score_rms, "data.score_rms")
     return Inputs(query, keys, tuple(map(draw, shapes.values)))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from korder.errors import SpecError
 from korder.problem import Shapes
 
 FloatArray = NDArray[Any]
@@ -91,8 +92,27 @@ def _per_query_head(of_keys: FloatArray, query: FloatArray) -> FloatArray:
     return np.repeat(of_keys, query.shape[-3] // of_keys.shape[-3], axis=-3)
 
 
-def rescaled(query: FloatArray, present: float, wanted: float | None) -> FloatArray:
-    """Return the query times wanted / present, in its own dtype; unchanged where nothing is wanted or all is zero."""
-    if wanted is None or present == 0.0:
+def rescaled(query: FloatArray, present: float, wanted: float, key: str) -> FloatArray:
+    """Return the query times wanted / present, in its own dtype; unchanged where all scores are zero.
+
+    Args:
+        query: What is rescaled.
+        present: The size of the scores as it is.
+        wanted: The size as it is to be.
+        key: The key of the run file that asks for it.
+
+    Raises: SpecError where the query does not fit into its dtype.
+    """
+    if present == 0.0:
         return query
-    return (query * (wanted / present)).astype(query.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled: FloatArray = (query * (wanted / present)).astype(query.dtype)
+    if np.isfinite(scaled).all():
+        return scaled
+    raise SpecError(
+        f"{key} or attention.scale makes a query that {query.dtype.name} cannot hold.",
+        code="data-overflow",
+        expected=f"entries of the query up to {np.finfo(query.dtype).max:.3g}",
+        got=f"{key} = {wanted:g}, where the scores are {present:.3g} with attention.scale as it is",
+        hint=f"set a smaller {key}, a larger attention.scale, or a wider data.dtype.",
+    )

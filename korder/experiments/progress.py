@@ -9,6 +9,9 @@ class Progress:
     def stage(self, text: str, total: int | None = None) -> None:
         """Begin a stage; `total` is the number of steps it will report, None where it reports none."""
 
+    def note(self, text: str) -> None:
+        """Say once, wherever the run is started, that something takes long."""
+
     def advance(self) -> None:
         """Report one step of the present stage."""
 

@@ -45,6 +45,7 @@ def check_output(output: Output) -> None:
 
 def check_replaceable(directory: Path, overwrite: bool) -> None:
     """Raise `SpecError` unless the directory is free, or holds only an earlier result that may be replaced."""
+    _check_place(directory)
     target = Path(os.path.realpath(directory))
     if not target.exists():
         return
@@ -71,6 +72,29 @@ def check_replaceable(directory: Path, overwrite: bool) -> None:
             expected="a new directory, or output.overwrite = true",
             got=", ".join(present),
             hint="pass --overwrite to replace it, or --output DIR to keep both.",
+        )
+
+
+def _check_place(directory: Path) -> None:
+    """Refuse the working directory and its parents, which a rename would take from under the shell, and loose links."""
+    for part in (directory, *directory.parents):
+        if part.is_symlink() and not part.exists():
+            raise SpecError(
+                f"{part} is a link to nothing.",
+                code="output-place",
+                expected="a directory of the result's own, existing or not",
+                got=f"{part} -> {os.readlink(part)}",
+                hint="choose another with --output DIR, or remove the link.",
+            )
+    here = Path.cwd().resolve()
+    target = Path(os.path.realpath(directory))
+    if target == here or target in here.parents:
+        raise SpecError(
+            "results cannot take the place of the working directory or of a directory above it.",
+            code="output-place",
+            expected="a directory of the result's own, existing or not",
+            got=f"{str(directory)!r}, which is {target}",
+            hint="choose another with --output DIR, for example --output runs/first.",
         )
 
 
@@ -230,10 +254,12 @@ def write_report(report: Report) -> list[Path]:
     output = report.run.output
     if output.directory is None:
         return []
+    # Whoever repeats the run decides anew what may be replaced.
+    repeatable = report.run.model_copy(update={"output": output.model_copy(update={"overwrite": False})})
     suffix = "npz" if output.arrays == "npz" else "safetensors"
     writers: dict[str, Writer] = {
         f"arrays.{suffix}": array_writer(arrays_of(report), output.arrays),
-        "run.toml": lambda path: write_run(report.run, path),
+        "run.toml": lambda path: write_run(repeatable, path),
     }
     if output.plot and find_spec("matplotlib") is not None:
         from korder.experiments.plots import draw

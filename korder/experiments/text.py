@@ -29,9 +29,9 @@ def build(data: TextData, spec: AttentionSpec) -> Inputs:
     values = tuple(_projected(letters, data, data.value_width or data.width, generator) for _ in range(spec.order))
     factor = spec.score_factor(data.width)
     if data.score_bound is not None:
-        query = rescaled(query, score_bound(query, keys, factor), data.score_bound)
+        query = rescaled(query, score_bound(query, keys, factor), data.score_bound, "data.score_bound")
     elif data.score_rms is not None:
-        query = rescaled(query, score_rms(query, keys, factor), data.score_rms)
+        query = rescaled(query, score_rms(query, keys, factor), data.score_rms, "data.score_rms")
     return Inputs(query, keys, values)
 
 
@@ -45,12 +45,15 @@ def read_text(data: TextData) -> bytes:
         size += len(part)
         if size >= wanted:
             return b"".join(parts)[:wanted]
+    most = size - data.ngram + 1
     raise SpecError(
         "the text is shorter than the tokens asked for.",
         code="data-short",
         expected=f"at least {wanted} bytes for data.tokens = {data.tokens} of {data.ngram} bytes each",
         got=f"{size} bytes in {data.path or 'the text that ships with this Python'}",
-        hint=f"set data.tokens to at most {max(size - data.ngram + 1, 0)}, or data.path to a longer text.",
+        hint=f"set data.tokens to at most {most}, or data.path to a longer text."
+        if most > 0
+        else "set data.path to a longer text.",
     )
 
 
