@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 
 def main() -> None:
     """Run the command line; the console script."""
-    from korder.cli.app import app
+    try:
+        from korder.cli.app import app
 
-    app()
+        app()
+    except KeyboardInterrupt:  # while the modules load; later the commands see it
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

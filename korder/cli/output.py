@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import ProgressColumn
 
-DONE, FAILED, WRONG_INPUT, NOTHING_RUNS = 0, 1, 2, 3
+DONE, FAILED, WRONG_INPUT, NOTHING_RUNS, INTERRUPTED = 0, 1, 2, 3, 130
 _QUIET_SECONDS = 1.0
 _WIDE = 220
 
@@ -112,11 +112,12 @@ def _columns() -> tuple[ProgressColumn, ...]:
 class TerminalProgress(Progress):
     """A spinner with the elapsed time, or a bar where steps are reported; after a second, and only on a terminal."""
 
-    def __init__(self) -> None:
+    def __init__(self, form: Format = Format.text) -> None:
         from rich.console import Console
         from rich.progress import Progress as Bar
 
         self._visible = sys.stderr.isatty()
+        self._says_notes = form is Format.text
         self._bar = Bar(*_columns(), console=Console(stderr=True), transient=True)
         self._task = self._bar.add_task("starting", total=None)
         self._timer = threading.Timer(_QUIET_SECONDS, self._bar.start)
@@ -125,6 +126,11 @@ class TerminalProgress(Progress):
         """Show another stage; its clock starts anew."""
         self._bar.remove_task(self._task)
         self._task = self._bar.add_task(text, total=total)
+
+    def note(self, text: str) -> None:
+        """Print a line on stderr, above the progress where there is one; nothing beside JSON."""
+        if self._says_notes:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def advance(self) -> None:
         """Move the bar by one step."""

@@ -40,7 +40,7 @@ def run_file(
 
             run_benchmark(run, form)
             return
-        report, files = _attend(run)
+        report, files = _attend(run, form)
         if form is Format.json:
             from korder.experiments.record import record_of
 
@@ -137,12 +137,12 @@ def _attend_only(run: Run, command: str) -> AttendRun:
     )
 
 
-def _attend(run: AttendRun) -> tuple[Report, list[Path]]:
+def _attend(run: AttendRun, form: Format) -> tuple[Report, list[Path]]:
     from korder.experiments.attend import run_attend
     from korder.experiments.results import check_output, write_report
 
     check_output(run.output)
-    with TerminalProgress() as progress:
+    with TerminalProgress(form) as progress:
         report = run_attend(run, progress)
         progress.stage("writing the results")
         return report, write_report(report)
