@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from annotated_types import Gt
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from korder.spec import AttentionSpec, Causal, Exact, Full, Ordered, Policy, Polynomial, Window
@@ -36,12 +38,24 @@ def table(model: type[BaseModel]) -> str:
     lines = ["| key | value | default | meaning |", "|---|---|---|---|"]
     schema = model.model_json_schema()
     for name, field in model.model_fields.items():
-        kind = _kind(schema["properties"][name], schema.get("$defs", {}))
+        kind = _kind(_with_strict_bounds(schema["properties"][name], field), schema.get("$defs", {}))
         required = field.default is PydanticUndefined or name == "kind"
         default = "required" if required else _default(field.default)
         meaning = field.description or ("The kind." if name == "kind" else "")
         lines.append(f"| `{name}` | {kind} | {default} | {' '.join(meaning.split())} |")
     return "\n".join(lines)
+
+
+def _with_strict_bounds(schema: dict[str, Any], field: FieldInfo) -> dict[str, Any]:
+    """The schema of a size in bytes says ">= 0" of its own; what the model asks for wins."""
+    above = [item.gt for item in field.metadata if isinstance(item, Gt)]
+    if not above or "anyOf" not in schema:
+        return schema
+    options = [{k: v for k, v in option.items() if k != "minimum"} for option in schema["anyOf"]]
+    for option in options:
+        if option.get("type") in ("integer", "number"):
+            option["exclusiveMinimum"] = above[0]
+    return {**schema, "anyOf": options}
 
 
 def _kind(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
