@@ -83,6 +83,22 @@ def attend(
         >>> attend(x, (x, x), (x, x)).shape
         (4, 3)
     """
+    if array_kind(query, "query") == "torch":  # the door of tensors, so that nothing is silently not differentiable
+        from korder.torch import functional
+
+        return functional.attend(
+            query,
+            keys,
+            values,
+            spec=spec,
+            weight=weight,
+            biases=biases,
+            key_masks=key_masks,
+            query_offset=query_offset,
+            key_offsets=key_offsets,
+            statistics=statistics,
+            backend=backend,
+        )
     given, request = make_request(
         query,
         keys,
@@ -117,6 +133,22 @@ def attend_result(
 
     Arguments, shapes and errors as `attend`; lse has the query's leading axes and length.
     """
+    if array_kind(query, "query") == "torch":
+        from korder.torch import functional
+
+        return functional.attend_result(
+            query,
+            keys,
+            values,
+            spec=spec,
+            weight=weight,
+            biases=biases,
+            key_masks=key_masks,
+            query_offset=query_offset,
+            key_offsets=key_offsets,
+            statistics=statistics,
+            backend=backend,
+        )
     given, request = make_request(
         query,
         keys,

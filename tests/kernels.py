@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import array_api_compat.numpy as compat_numpy
+import array_api_compat.torch as compat_torch
 import array_api_strict
 import numpy as np
 
@@ -15,6 +16,7 @@ from korder.planning.exact import exact_plan
 from korder.planning.plan import Plan
 from korder.spi import NEEDS, KernelOutput, OperandGradients, OutputGradients
 from korder_numpy.exact import NumpyExactKernel
+from korder_torch.exact import TorchExactKernel
 from tests.problems import Case
 
 Array = Any
@@ -65,7 +67,8 @@ class Subject:
 GENERIC = Subject("generic-numpy", compat_numpy, ExactKernel)
 STRICT = Subject("generic-strict", array_api_strict, ExactKernel)
 NUMPY = Subject("numpy", compat_numpy, NumpyExactKernel)
-SUBJECTS = (GENERIC, STRICT, NUMPY)
+TORCH = Subject("torch", compat_torch, TorchExactKernel)
+SUBJECTS = (GENERIC, STRICT, NUMPY, TORCH)
 
 
 def plan_with(case: Case, **tiling: Any) -> Plan:

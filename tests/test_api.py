@@ -267,11 +267,12 @@ def test_wrong_input_is_one_clear_error(changed: dict[str, Any], error: type[Exc
     assert isinstance(caught.value, korder.KorderError)
 
 
-def test_torch_tensors_are_refused_with_the_extra_that_would_take_them() -> None:
+def test_tensors_are_refused_by_numpy_with_the_extra_that_takes_them() -> None:
     torch = pytest.importorskip("torch")
     x = torch.zeros(5, 3)
+    spec = AttentionSpec(order=1, policy={"backends": ["numpy"]})
     with pytest.raises(korder.UnsupportedProblemError, match=r"korder\[torch\]"):
-        korder.attend(x, (x,), (x,))
+        korder.attend(x, (x,), (x,), spec=spec)
 
 
 def test_backends_can_be_listed() -> None:
@@ -337,9 +338,9 @@ def test_who_was_turned_down_is_in_the_provenance(monkeypatch: pytest.MonkeyPatc
     spec = AttentionSpec(order=2, method=Polynomial(tolerance=1e-3))
     provenance = korder.attend_result(case.query, case.keys, case.values, spec=spec).provenance
     assert provenance is not None
-    assert len(provenance.rejected) == len(provenance.replanned) + 1, "once for every degree that was tried"
-    assert {rejection.backend for rejection in provenance.rejected} == {"picky"}
-    assert "of degree" in provenance.rejected[0].plan
+    picky = [rejection for rejection in provenance.rejected if rejection.backend == "picky"]
+    assert len(picky) == len(provenance.replanned) + 1, "once for every degree that was tried"
+    assert "of degree" in picky[0].plan
 
 
 def test_a_spec_of_the_wrong_type_is_said_so_everywhere() -> None:

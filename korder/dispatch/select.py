@@ -12,7 +12,7 @@ from korder.spi import Backend
 from korder.spi.capabilities import Reason
 
 _EXTRAS = {
-    "torch": "a torch backend is to come with the extra 'korder[torch]'; until then pass tensor.numpy()",
+    "torch": "the torch backend takes tensors: pip install 'korder[torch]'; or pass tensor.numpy()",
     "jax": "a JAX backend is a plugin of its own; or pass numpy.asarray(array)",
 }
 

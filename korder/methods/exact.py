@@ -144,6 +144,10 @@ class ExactKernel:
         if gradient is not None:
             sums.add_rows(heads, rows, gradient)
 
+    def is_tame(self, layout: Layout, *cotangents: Array) -> bool:
+        """Return whether a weight of zero makes a term zero; a kernel that is traced or recorded may look otherwise."""
+        return is_tame(self.xp, layout, *cotangents)
+
     def _cotangent(self, layout: Layout, saved: KernelOutput, grads: OutputGradients) -> RowCotangent:
         """Gradients of the outputs laid out like the query, with delta; a row that saw nothing contributes nothing."""
         xp, groups = self.xp, self.plan.problem.groups
@@ -168,7 +172,7 @@ class ExactKernel:
             operands.key_offsets or (0,) * problem.order,
         )
         closes = problem.spec.mask.kind != "full" or any(x is not None for x in (*layout.biases, *layout.key_masks))
-        if not closes or is_tame(self.xp, layout, *cotangents):
+        if not closes or self.is_tame(layout, *cotangents):
             return TileWalk(self.xp, layout, geometry, self.tiling, self.steps, self.arithmetic(), True)
         tiling = row_by_row(self.tiling, geometry)
         return TileWalk(self.xp, layout, geometry, tiling, self.steps, TileArithmetic(self.xp), False)
