@@ -254,3 +254,19 @@ def test_other_devices_are_refused_with_the_reason() -> None:
     x = torch.zeros(4, 3, device="meta")
     with pytest.raises(korder.UnsupportedProblemError, match="device=meta"):
         korder.attend(x, (x,), (x,), spec=AttentionSpec(order=1))
+
+
+def test_a_graph_that_is_dropped_is_freed_at_once() -> None:
+    import gc
+    import weakref
+
+    case = random_case(2, seed=50)
+    gc.collect()
+    gc.disable()
+    try:
+        output = korder.attend(**tensor_arguments(case, gradient=True), spec=case.spec)
+        alive = weakref.ref(output)
+        del output
+        assert alive() is None
+    finally:
+        gc.enable()

@@ -69,7 +69,7 @@ def attend(
         backend=backend,
     )
     outcome = _run(request, certify=False)
-    return torch.reshape(outcome.output.output, as_given(given, outcome.output.output).shape)
+    return as_given(given, outcome.output.output)
 
 
 def attend_result(
@@ -139,8 +139,11 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
         call.outcome = outcome
         output, lse = outcome.output.output, outcome.output.lse
         if wanted:
-            ctx.request, ctx.outcome = request, outcome
             ctx.save_for_backward(*tensors, output, lse)
+            # Without the outputs, which would hold the graph that holds them.
+            ctx.rest = replace(outcome.output, output=None, lse=None)
+            ctx.operands = _with_tensors(request.operands, [...] * len(tensors))
+            ctx.selected = outcome.prepared
         ctx.set_materialize_grads(False)
         return output, lse
 
@@ -150,12 +153,12 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
         *tensors, saved_output, saved_lse = ctx.saved_tensors
         if torch.is_grad_enabled():
             return (None, *_recorded_gradients(ctx, tensors, output, lse))
-        operands = _with_tensors(ctx.request.operands, tensors)
-        saved = replace(ctx.outcome.output, output=saved_output, lse=saved_lse)
+        operands = _with_tensors(ctx.operands, tensors)
+        saved = replace(ctx.rest, output=saved_output, lse=saved_lse)
         gradient = torch.zeros_like(saved_output) if output is None else output
         groups = _groups(operands)
         needs = frozenset(group for group, need in zip(groups, ctx.needs_input_grad[1:], strict=True) if need)
-        found = ctx.outcome.prepared.kernel.backward(operands, saved, OutputGradients(gradient, lse), needs=needs)
+        found = ctx.selected.kernel.backward(operands, saved, OutputGradients(gradient, lse), needs=needs)
         gradients = _tensors_of_gradients(operands, found)
         kept = zip(gradients, ctx.needs_input_grad[1:], strict=True)
         return (None, *(gradient if need else None for gradient, need in kept))
@@ -167,7 +170,7 @@ def _recorded_gradients(
     """The gradients as functions of operands and cotangents, for a second derivative."""
     # Views, so that one tensor given in two places is two variables here.
     apart = [tensor.view_as(tensor) for tensor in tensors]
-    found = composite(ctx.outcome.provenance.plan, _with_tensors(ctx.request.operands, apart))
+    found = composite(ctx.selected.selection.plan, _with_tensors(ctx.operands, apart))
     pairs = [(y, cotangent) for y, cotangent in zip(found, (output, lse), strict=True) if cotangent is not None]
     wanted = [tensor for tensor, need in zip(apart, ctx.needs_input_grad[1:], strict=True) if need]
     outputs, cotangents = zip(*pairs, strict=True)
@@ -203,7 +206,7 @@ def _groups(operands: Operands) -> list[str]:
     return ["query", *["keys"] * order, *["values"] * order, *["biases"] * biases, *["weight"] * weights]
 
 
-def _with_tensors(operands: Operands, tensors: list[Tensor]) -> Operands:
+def _with_tensors(operands: Operands, tensors: list[Any]) -> Operands:
     """The operands with other tensors in place of those of `_tensors`."""
     remaining = iter(tensors)
     query = next(remaining)
