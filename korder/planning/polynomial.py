@@ -207,7 +207,7 @@ def _cost(problem: Problem, degree: int, features: int, chunk: int) -> Cost:
         flops=products + features * (queries + keys),
         bytes_moved=operand_bytes(problem) + item * features * (queries + keys),
         peak_memory=forward_workspace(problem, degree, chunk),
-        largest_intermediate=max(features * chunk, features * channels),
+        largest_intermediate=max(features * min(chunk, max(problem.queries, *problem.lengths, 1)), features * channels),
     )
 
 
