@@ -12,15 +12,13 @@ from korder.dispatch.arrays import (
     array_kind,
     checked_backend_name,
     namespace_of_kind,
-    read_operands,
-    resolve_spec,
-    to_kernel_layout,
 )
 from korder.dispatch.prepare import prepare
 from korder.dispatch.registry import default_registry
+from korder.dispatch.request import make_request
 from korder.errors import OperandError, SpecError, UnsupportedProblemError
 from korder.planning.exact import exact_plan
-from korder.problem import Problem, make_problem
+from korder.problem import Problem
 from korder.spec import AttentionSpec, Exact
 from korder.spi.operands import Operands, OutputGradients
 
@@ -98,27 +96,28 @@ def _exact_request(
 ) -> tuple[Given, Problem, Operands]:
     """The exact problem of these scores, with values of width 1 that nobody looks at."""
     values = [_no_values(key, f"keys[{t}]") for t, key in enumerate(keys)] if isinstance(keys, (tuple, list)) else keys
-    given = read_operands(
+    given, request = make_request(
         query,
         keys,
         values,
+        spec=spec,
         weight=weight,
         biases=biases,
         key_masks=key_masks,
         query_offset=query_offset,
         key_offsets=key_offsets,
+        measured=False,
     )
-    spec = resolve_spec(spec, len(given.keys), weighted=weight is not None)
-    if not isinstance(spec.method, Exact):
+    method = request.problem.spec.method
+    if not isinstance(method, Exact):
         raise UnsupportedProblemError(
             f"{caller} are those of the exact method.",
             code="exact-only",
             expected="a spec whose method is Exact()",
-            got=f"method={spec.method.kind}",
+            got=f"method={method.kind}",
             hint='spec.model_copy(update={"method": korder.Exact()})',
         )
-    problem = make_problem(spec, given.shapes, given.dtype, given.device)
-    return given, problem, to_kernel_layout(given, spec)
+    return given, request.problem, request.operands
 
 
 def _no_values(key: Array, name: str) -> Array:

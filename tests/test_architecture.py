@@ -147,6 +147,18 @@ def test_every_public_name_resolves_and_none_is_a_submodule() -> None:
         assert name not in submodules
 
 
+def test_type_checkers_see_the_names_that_load_lazily() -> None:
+    tree = ast.parse((ROOT / "korder" / "__init__.py").read_text())
+    seen = {
+        alias.name: node.module
+        for node in type_checking_nodes(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert seen == korder._HOME
+    assert set(seen) | {"__version__"} == set(korder.__all__)
+
+
 def test_unknown_public_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'atend'"):
         _ = korder.atend

@@ -47,13 +47,16 @@ def tensor_arguments(case: Case, *, gradient: bool = False) -> dict[str, Any]:
 def test_tensors_give_the_oracles_numbers(options: dict[str, Any], dtype: str) -> None:
     case = random_case(**options, seed=40, dtype=dtype)
     output, lse = case.oracle()
-    plain, _ = case.plain()
+    plain, plain_lse = case.plain()
     result = korder.attend_result(**tensor_arguments(case), spec=case.spec)
     assert result.provenance is not None
     assert result.provenance.backend == "torch"
     assert str(result.output.dtype) == f"torch.{dtype}"
     assert_within_ratio(result.output.numpy(), plain, output, dtype=dtype)
-    assert_agree(result.lse.numpy(), lse, dtype=str(result.lse.numpy().dtype))
+    if dtype == "float64":  # the oracle's own width: it is no closer to the truth than a plain evaluation
+        assert_agree(result.lse.numpy(), lse, dtype=dtype)
+    else:
+        assert_within_ratio(result.lse.numpy(), plain_lse, lse, dtype="float32")
 
 
 def test_bfloat16_is_summed_in_float32() -> None:
