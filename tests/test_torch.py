@@ -52,10 +52,11 @@ def test_tensors_give_the_oracles_numbers(options: dict[str, Any], dtype: str) -
     assert result.provenance is not None
     assert result.provenance.backend == "torch"
     assert str(result.output.dtype) == f"torch.{dtype}"
-    assert_within_ratio(result.output.numpy(), plain, output, dtype=dtype)
     if dtype == "float64":  # the oracle's own width: it is no closer to the truth than a plain evaluation
+        assert_agree(result.output.numpy(), output, dtype=dtype)
         assert_agree(result.lse.numpy(), lse, dtype=dtype)
     else:
+        assert_within_ratio(result.output.numpy(), plain, output, dtype=dtype)
         assert_within_ratio(result.lse.numpy(), plain_lse, lse, dtype="float32")
 
 

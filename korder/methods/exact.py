@@ -19,7 +19,7 @@ from korder.methods.masks import MaskGeometry, Range, blocks
 from korder.methods.tiles import RowCotangent, RowState, TileArithmetic, Wanted, finite_reference
 from korder.methods.walk import Steps, TileWalk, row_by_row
 from korder.planning.memory import forward_workspace
-from korder.planning.plan import Plan
+from korder.planning.plan import Plan, Tiling
 from korder.spi.operands import KernelOutput, OperandGradients, Operands, OutputGradients
 
 Array = Any
@@ -38,14 +38,15 @@ class ExactKernel:
     in_place: ClassVar[bool] = False
     """Whether the arithmetic lets the weights of a tile overwrite its scores; it sets `workspace_bytes`."""
 
-    def __init__(self, xp: Any, plan: Plan) -> None:
+    def __init__(self, xp: Any, plan: Plan, tiling: Tiling | None = None) -> None:
+        """Make the kernel of a plan, with a tiling of its own instead of the plan's if one is given."""
         if plan.tiling is None:
             raise KernelError(
                 "the exact kernel needs a plan with a tiling.", expected="exact_plan(problem)", got=plan.method
             )
         self.xp = xp
         self.plan = plan
-        self.tiling = plan.tiling
+        self.tiling = tiling or plan.tiling
         self.steps = Steps.of(plan.problem, plan.tiling)
 
     @property

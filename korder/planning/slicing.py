@@ -27,14 +27,14 @@ STORED_MASKED = 2**15
 """Scores of a head that are computed whole although a mask closes some; below it tiles cost more than scores."""
 
 
-def choose_tiling(problem: Problem) -> Tiling:
-    """Return the tiling of a problem.
+def choose_tiling(problem: Problem, tile_scores: int = TILE_SCORES) -> Tiling:
+    """Return the tiling of a problem, with about `tile_scores` scores in a tile.
 
     Raises:
         UnsupportedProblemError: `memory-limit`, no block size keeps the workspace under the policy's limit.
     """
     contracted = contracted_mode(problem)
-    tiling = _preferred(problem, contracted)
+    tiling = _preferred(problem, contracted, tile_scores)
     limit = int(problem.spec.policy.memory_limit)
     while _workspace(problem, tiling) > limit:
         smaller = _shrunk(tiling)
@@ -65,27 +65,27 @@ def _seen_lengths(problem: Problem, queries: int) -> list[int]:
     return [min(m, size + queries - 1) for m, size in zip(problem.lengths, mask.sizes, strict=True)]
 
 
-def _preferred(problem: Problem, contracted: int) -> Tiling:
+def _preferred(problem: Problem, contracted: int, tile_scores: int) -> Tiling:
     """The tiling that is fastest without a memory limit."""
     masked = not isinstance(problem.spec.mask, Full)
     queries = max(problem.queries, 1)
     block = min(queries, MASKED_QUERIES if masked else FOLDED_QUERIES)
-    if queries * max(problem.tuples, 1) <= (STORED_MASKED if masked else TILE_SCORES):
-        return _stored(problem, contracted)
+    if queries * max(problem.tuples, 1) <= (STORED_MASKED if masked else tile_scores):
+        return _stored(problem, contracted, tile_scores)
     seen = [max(m, 1) for m in _seen_lengths(problem, block)]
     keys = _even(seen[contracted], MAX_KEYS)
-    rows = max(TILE_SCORES // keys, 1)
+    rows = max(tile_scores // keys, 1)
     folded = _folded_blocks([seen[t] for t in outer_modes(problem.order, contracted)], rows // block)
     if not masked:
         block = _even(queries, max(rows // prod(folded), 1))
     return Tiling((), contracted, block, folded, keys, 1)
 
 
-def _stored(problem: Problem, contracted: int) -> Tiling:
+def _stored(problem: Problem, contracted: int, tile_scores: int) -> Tiling:
     """The tiling with one tile for every head, and many heads in a tile."""
     lengths = [max(m, 1) for m in problem.lengths]
     queries = max(problem.queries, 1)
-    count = min(max(TILE_SCORES // (queries * prod(lengths)), 1), max(problem.batch * problem.heads, 1))
+    count = min(max(tile_scores // (queries * prod(lengths)), 1), max(problem.batch * problem.heads, 1))
     folded = tuple(lengths[t] for t in outer_modes(problem.order, contracted))
     return Tiling((), contracted, queries, folded, lengths[contracted], _whole_heads(problem, count))
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from korder.errors import KernelError, UnsupportedProblemError
 from korder.planning.plan import ContractionStep, Cost, Plan, PolynomialPlan, Tiling
+from korder.planning.slicing import choose_tiling
 from korder.problem import Problem
 from korder.spi.availability import Availability
 from korder.spi.backend import API_VERSION, Backend, Kernel
@@ -55,6 +56,7 @@ __all__ = [
     "Tiling",
     "UnsupportedProblemError",
     "Wanted",
+    "choose_tiling",
     "hookimpl",
 ]
 
