@@ -93,3 +93,22 @@ def test_a_benchmark_is_written_where_its_file_says() -> None:
     record = json.loads(Path("out/result.json").read_text())
     assert record["rows"][0]["values"]["seconds"] > 0
     assert call("bench", path).exit_code == 2
+
+
+def test_the_backend_on_the_command_line_wins_over_the_files() -> None:
+    path = write('schema_version = 1\nkind = "benchmark"\nrows = ["import-time"]\nrepeats = 1\nbackend = "nobody"\n')
+    assert_refused(call("bench", path, "--format", "json"), 2, "backend-unknown", ["run.toml"])
+    result = call("bench", path, "--backend", "numpy", "--format", "json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["spec"]["backend"] == "numpy"
+
+
+def test_a_backend_without_rows_of_its_own_has_the_generic_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    import korder.experiments.benchmark as benchmark
+
+    monkeypatch.setattr(benchmark, "_row", lambda name, measure, settings: benchmark.Row(name, "", "", "met", ""))
+    plain, named = (
+        json.loads(call("bench", *extra, "--format", "json").stdout) for extra in ((), ("--backend", "numpy"))
+    )
+    assert [row["name"] for row in plain["rows"]] == [row["name"] for row in named["rows"]]
+    assert "exact-against-torch" in [row["name"] for row in named["rows"]]

@@ -72,6 +72,9 @@ def bench(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Smaller sizes, for a first look.")] = False,
     rows: Annotated[list[str] | None, typer.Option("--row", help="Measure this row only; repeatable.")] = None,
+    backend: Annotated[
+        str | None, typer.Option("--backend", help="Measure this backend; torch has rows of its own.")
+    ] = None,
     form: FormatOption = Format.text,
 ) -> None:
     """Measure speed and memory against the machine's own limits; no speed without equal outputs."""
@@ -81,6 +84,7 @@ def bench(
 
         options: dict[str, Any] = {"quick": True} if quick else {}
         options |= {"rows": list(rows)} if rows else {}
+        options |= {} if backend is None else {"backend": backend}
         whole = {"schema_version": 1, "kind": "benchmark", **options}
         run = parse_run(whole) if file is None else read_run(file, options=options)
         if run.kind != "benchmark":

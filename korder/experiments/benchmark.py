@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from korder.errors import SpecError, UnsupportedProblemError
-from korder.experiments import benchmark_rows
+from korder.dispatch.registry import default_registry
+from korder.errors import BackendUnavailableError, SpecError, UnsupportedProblemError
+from korder.experiments import benchmark_rows, benchmark_torch
 from korder.experiments.benchmark_cases import Disagreement
-from korder.experiments.benchmark_rows import Measured, Settings
+from korder.experiments.benchmark_figures import Measured, Settings
 from korder.experiments.machine import busy_warning, describe_machine
 from korder.experiments.progress import Progress
 from korder.experiments.results import publish
@@ -45,6 +47,9 @@ class BenchmarkReport:
 
 
 DISAGREES = "WRONG OUTPUT"
+Table = Mapping[str, Callable[[Settings], Measured]]
+TABLES: dict[str, Table] = {"torch": benchmark_torch.ROWS}
+"""The rows of the backends that have a table of their own; the others have the generic one."""
 
 
 def run_benchmark(run: BenchmarkRun, progress: Progress | None = None) -> BenchmarkReport:
@@ -52,30 +57,48 @@ def run_benchmark(run: BenchmarkRun, progress: Progress | None = None) -> Benchm
 
     Raises:
         SpecError: A row of an unknown name.
+        UnknownBackendError, BackendUnavailableError: The run names a backend that cannot be measured here.
     """
     progress = progress or Progress()
-    chosen = _chosen(run.rows)
+    backend = run.backend if run.backend != "auto" else os.environ.get("KORDER_BACKEND") or "auto"
+    table = _table(backend)
+    chosen = _chosen(run.rows, table)
     machine = describe_machine()
     machine["warnings"] += busy_warning()  # before the benchmark itself makes a load
-    settings = Settings(run.quick, run.repeats, run.backend)
+    settings = Settings(run.quick, run.repeats, backend)
     rows = []
     for name in chosen:
         progress.stage(f"measuring {name}")
-        rows.append(_row(name, benchmark_rows.ROWS[name], settings))
+        rows.append(_row(name, table[name], settings))
     return BenchmarkReport(run, tuple(rows), machine)
 
 
-def _chosen(names: tuple[str, ...] | None) -> tuple[str, ...]:
-    known = tuple(benchmark_rows.ROWS)
+def _table(backend: str) -> Table:
+    """The rows of a backend, which is one that can run here."""
+    if backend == "auto":
+        return benchmark_rows.ROWS
+    registry = default_registry()
+    answer = registry.availability(registry.get(backend))
+    if not answer.available:
+        raise BackendUnavailableError(
+            f"backend {backend!r} cannot run here.", got=answer.reason, hint=answer.remedy or None
+        )
+    return TABLES.get(backend, benchmark_rows.ROWS)
+
+
+def _chosen(names: tuple[str, ...] | None, table: Table) -> tuple[str, ...]:
+    known = tuple(table)
     for name in names or ():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+            elsewhere = [backend for backend, rows in TABLES.items() if name in rows]
+            hint = f"`--backend {elsewhere[0]}` measures it." if elsewhere else None
             raise SpecError(
                 f"no benchmark row is called {name!r}.",
                 code="row-unknown",
                 expected=", ".join(known),
                 got=name,
-                hint=f"did you mean {near[0]!r}?" if near else None,
+                hint=hint or (f"did you mean {near[0]!r}?" if near else None),
             )
     return names or known
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from korder.dispatch.arrays import array_kind, dtype_name, namespace_of_kind
 from korder.dispatch.prepare import Prepared, prepare
 from korder.dispatch.registry import default_registry
 from korder.experiments.inputs import FloatArray, rescaled, score_rms
 from korder.planning.plan import Plan
 from korder.problem import Shapes, make_problem
-from korder.spec import AttentionSpec
+from korder.spec import AttentionSpec, Causal, Full, Window
 from korder.spi.operands import NEEDS, KernelOutput, OperandGradients, Operands, OutputGradients
 
 _CHUNK = 256  # keys of the first mode in a block of the reference
@@ -31,7 +32,7 @@ class Case:
 
     operands: Operands
     prepared: Prepared
-    cotangent: FloatArray
+    cotangent: Any
 
     @property
     def plan(self) -> Plan:
@@ -40,7 +41,7 @@ class Case:
 
     @property
     def flops(self) -> float:
-        """Flop of the forward, by the counting convention: products only, exponentials free."""
+        """Flop of the forward, by the counting convention: products only, exponentials free, masks not looked at."""
         problem = self.plan.problem
         if self.plan.polynomial is not None:
             features, columns = self.plan.polynomial.features, problem.value_width + 1
@@ -60,7 +61,10 @@ class Case:
 def make_case(
     spec: AttentionSpec, n: int, width: int, backend: str, score_size: float | None = None, dtype: str = "float32"
 ) -> Case:
-    """Return self-attention over n seeded standard normal tokens, a different tensor in every place."""
+    """Return self-attention over n seeded standard normal tokens, a different tensor in every place.
+
+    The arrays are NumPy's where the backend takes them, else of the kind that it takes.
+    """
     generator = np.random.default_rng(n)
     draw: Callable[[], FloatArray] = lambda: generator.standard_normal((1, 1, n, width)).astype(dtype)  # noqa: E731
     query, keys = draw(), tuple(draw() for _ in range(spec.order))
@@ -71,22 +75,57 @@ def make_case(
     operands = Operands(query, keys, values, none, none, key_offsets=(0,) * spec.order)
     shapes = Shapes(query.shape, tuple(key.shape for key in keys), tuple(value.shape for value in values))
     problem = make_problem(spec, shapes, dtype)
-    return Case(operands, prepare(default_registry(), problem, "numpy", backend), draw())
+    kind = _kind_for(backend)
+    prepared = prepare(default_registry(), problem, kind, backend)  # before a framework is imported that is not there
+    return Case(of_kind(operands, kind), prepared, _array_of_kind(draw(), kind))
+
+
+def _kind_for(backend: str) -> str:
+    kinds = {"numpy"} if backend == "auto" else default_registry().get(backend).array_kinds
+    return "numpy" if "numpy" in kinds else min(kinds)
+
+
+def of_kind(operands: Operands, kind: str) -> Operands:
+    """Return operands of NumPy arrays as arrays of another kind; query, keys and values."""
+    return with_arrays(operands, lambda array: _array_of_kind(array, kind))
+
+
+def with_arrays(operands: Operands, change: Callable[[Any], Any]) -> Operands:
+    """Return the operands with query, keys and values changed."""
+    keys, values = (tuple(map(change, arrays)) for arrays in (operands.keys, operands.values))
+    return replace(operands, query=change(operands.query), keys=keys, values=values)
+
+
+def _array_of_kind(array: FloatArray, kind: str) -> Any:
+    return array if kind == "numpy" else namespace_of_kind(kind).asarray(array)
+
+
+def as_numpy(array: Any) -> FloatArray:
+    """Return an array of any kind as NumPy's, without its graph, bfloat16 as float32."""
+    if array_kind(array) == "torch":
+        array = array.detach().cpu()
+        array = array.float() if dtype_name(array) == "bfloat16" else array
+    return np.asarray(array)
 
 
 def require_forward(case: Case, rows: int = 2) -> float:
+    """Run the kernel, compare as `require_output`, and return the largest error."""
+    return require_output(case, case.forward().output, rows)
+
+
+def require_output(case: Case, output: Any, rows: int = 2) -> float:
     """Compare sampled rows with a plain evaluation in float64, and return the largest error.
 
     Raises:
         Disagreement: An error above 4 times that of a plain evaluation in the same dtype, plus one unit in the last
             place of the largest output.
     """
-    output = np.asarray(case.forward().output)[0, 0]
+    got = as_numpy(output)[0, 0]
     worst = 0.0
     for row in _rows(case, rows):
         truth = _reference_row(case, row, np.float64)[0]
-        plain = _reference_row(case, row, case.operands.query.dtype)[0]
-        error, allowed = _errors(output[row], truth, plain)
+        plain = _reference_row(case, row, got.dtype)[0]
+        error, allowed = _errors(got[row], truth, plain)
         worst = max(worst, error)
         if not error <= allowed:
             raise Disagreement(f"row {row} of the output is off by {error:.2e}, allowed {allowed:.2e}")
@@ -94,6 +133,11 @@ def require_forward(case: Case, rows: int = 2) -> float:
 
 
 def require_backward(case: Case, saved: KernelOutput, rows: int = 1) -> None:
+    """Run the kernel's backward and compare as `require_gradients`."""
+    require_gradients(case, saved.output, case.backward(saved), rows)
+
+
+def require_gradients(case: Case, output: Any, gradients: OperandGradients, rows: int = 1) -> None:
     """Compare sampled rows of the query's gradient with the closed form, and all gradients with each other.
 
     A score is linear in the query and in every key, so sum(x grad x) is one number for all of them; an output is
@@ -102,19 +146,31 @@ def require_backward(case: Case, saved: KernelOutput, rows: int = 1) -> None:
     Raises:
         Disagreement: A gradient that is not what it should be.
     """
-    gradients = case.backward(saved)
-    got = np.asarray(gradients.query)[0, 0]
+    got = as_numpy(gradients.query)[0, 0]
     for row in _rows(case, rows):
         truth = _reference_row(case, row, np.float64)[1]
-        plain = _reference_row(case, row, case.operands.query.dtype)[1]
+        plain = _reference_row(case, row, got.dtype)[1]
         error, allowed = _errors(got[row], truth, plain)
         if not error <= allowed:
             raise Disagreement(f"row {row} of the query's gradient is off by {error:.2e}, allowed {allowed:.2e}")
     query = _pairing(case.operands.query, gradients.query)
-    output = _pairing(saved.output, case.cotangent)
+    of_output = _pairing(output, case.cotangent)
     for t in range(case.plan.problem.order):
         _require_equal(f"keys[{t}]", _pairing(case.operands.keys[t], gradients.keys[t]), query)
-        _require_equal(f"values[{t}]", _pairing(case.operands.values[t], gradients.values[t]), output)
+        _require_equal(f"values[{t}]", _pairing(case.operands.values[t], gradients.values[t]), of_output)
+
+
+def require_same(what: str, got: Any, expected: Any, allowed: float = 1e-4) -> float:
+    """Compare two arrays of any kind, and return the largest difference relative to the largest entry.
+
+    Raises:
+        Disagreement: A larger difference than is allowed.
+    """
+    wide = as_numpy(expected).astype(np.float64)
+    gap = float(np.max(np.abs(as_numpy(got) - wide)) / np.max(np.abs(wide)))
+    if not gap <= allowed:
+        raise Disagreement(f"{what} differs by {gap:.1e} of the largest entry, allowed {allowed:.0e}")
+    return gap
 
 
 def _rows(case: Case, count: int) -> list[int]:
@@ -130,7 +186,7 @@ def _errors(got: FloatArray, truth: FloatArray, plain: FloatArray) -> tuple[floa
 
 def _pairing(array: Any, gradient: Any) -> tuple[float, float]:
     """The sum of products, and of their absolute values."""
-    terms = np.asarray(array, dtype=np.float64) * np.asarray(gradient, dtype=np.float64)
+    terms = as_numpy(array).astype(np.float64) * as_numpy(gradient)
     return float(terms.sum()), float(np.abs(terms).sum())
 
 
@@ -142,11 +198,10 @@ def _require_equal(name: str, left: tuple[float, float], right: tuple[float, flo
 
 def _reference_row(case: Case, row: int, dtype: Any) -> tuple[FloatArray, FloatArray]:
     """Return output and query gradient of one row of an order-2 case, by explicit scores, a block of keys at a time."""
-    operands = case.operands
-    query = operands.query[0, 0, row].astype(dtype)
-    keys = [key[0, 0].astype(dtype) for key in operands.keys]
-    values = [value[0, 0].astype(dtype) for value in operands.values]
-    cotangent = case.cotangent[0, 0, row].astype(dtype)
+    operands, seen = case.operands, _seen(case, row)
+    query, cotangent = (as_numpy(array)[0, 0, row].astype(dtype) for array in (operands.query, case.cotangent))
+    keys = [as_numpy(key)[0, 0, part].astype(dtype) for key, part in zip(operands.keys, seen, strict=True)]
+    values = [as_numpy(value)[0, 0, part].astype(dtype) for value, part in zip(operands.values, seen, strict=True)]
     scale = _number(case.plan.problem.scale, dtype)
     weigh, slope = _weights(case.plan, scale * (query @ (keys[0].mean(axis=0) * keys[1].mean(axis=0))))
     total, weighted = _number(0.0, dtype), np.zeros_like(values[0][0])
@@ -162,6 +217,15 @@ def _reference_row(case: Case, row: int, dtype: Any) -> tuple[FloatArray, FloatA
         of_scores = slope(score) / total * (of_values - cotangent @ output)
         gradient += scale * (keys[0][block] * (of_scores @ keys[1])).sum(axis=0)
     return output, gradient
+
+
+def _seen(case: Case, row: int) -> list[slice]:
+    """The keys of each mode that a row may attend to; they are the same for every key of the other modes."""
+    mask = case.plan.problem.spec.mask
+    if isinstance(mask, Window):
+        return [slice(max(row + 1 - size, 0), row + 1) for size in mask.sizes]
+    assert isinstance(mask, Full | Causal), f"no reference for {mask}"
+    return [slice(row + 1 if isinstance(mask, Causal) else None)] * case.plan.problem.order
 
 
 def _number(value: float, dtype: Any) -> Any:
