@@ -1,5 +1,9 @@
-"""The PyTorch door: order-k attention of tensors, differentiable by autograd through whatever backend runs it."""
+"""The PyTorch door: order-k attention of tensors, differentiable through whatever backend runs it, and its modules."""
 
+from korder.torch.attention import OrderKAttention
+from korder.torch.block import OrderKTransformerBlock
 from korder.torch.functional import attend, attend_result
+from korder.torch.rotary import embed_rotary
+from korder.torch.scores import alibi
 
-__all__ = ["attend", "attend_result"]
+__all__ = ["OrderKAttention", "OrderKTransformerBlock", "alibi", "attend", "attend_result", "embed_rotary"]
