@@ -54,6 +54,21 @@ def feature_table(width: int, degree: int) -> FeatureTable:
 
 
 @lru_cache(maxsize=64)
+def parents(table: FeatureTable, degree: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return, for each monomial of a degree >= 1, the row of its parent inside degree - 1 and its first variable.
+
+    Shapes:  two arrays (r_m,), int64, read-only.
+    """
+    starts, positions = table.starts[degree - 1], table.starts[degree]
+    sizes = np.diff(positions)
+    above = np.concatenate([np.arange(start, start + size) for start, size in zip(starts, sizes, strict=False)])
+    variables = np.repeat(np.arange(table.width), sizes)
+    for array in (above, variables):
+        array.flags.writeable = False
+    return above, variables
+
+
+@lru_cache(maxsize=64)
 def multinomials(table: FeatureTable) -> np.ndarray:
     """Return |a|! / a! of every monomial: how often it occurs when a power of the score is multiplied out.
 

@@ -6,7 +6,7 @@ causal form stands in `running`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,7 +14,14 @@ from array_api_compat import device
 
 from korder.errors import AccuracyError
 from korder.methods.factors import Factor, Plane, planes
-from korder.methods.features import FeatureTable, feature_adjoint, feature_table, multinomials, polynomial_features
+from korder.methods.features import (
+    FeatureTable,
+    feature_adjoint,
+    feature_table,
+    multinomials,
+    parents,
+    polynomial_features,
+)
 from korder.methods.readings import (
     Kept,
     Progress,
@@ -58,6 +65,7 @@ class PolynomialKernel:
         self.rounding_unit = (self.sum_block + 8) * 0.5 * float(xp.finfo(self.dtype).eps)
         self.scale_sign = -1.0 if plan.problem.scale < 0 else 1.0
         self.workspace_bytes = plan.cost.peak_memory
+        self._index: dict[Any, tuple[Array, ...]] = {}
 
     @np.errstate(all="ignore")
     def forward(self, operands: Operands, *, save: bool, residuals: dict[str, Any] | None = None) -> KernelOutput:
@@ -296,14 +304,61 @@ class PolynomialKernel:
         return total
 
     def absolute_sums(self, columns: Array, features: Array, weights: Array, total: Array | None = None) -> Array:
-        """Return total (r, 1) + the sums over tokens of |features| (r, c) times weights (c, 1), as `product` does."""
-        return self.product(self.xp.abs(features), weights, total)
+        """Return total (r, 1) + the sums over tokens of |features| (r, c) times weights (c, 1), as `product` does.
+
+        Those of the highest degree are products of |columns| with |features| of one degree less, so that no absolute
+        value of the many highest ones is ever taken.
+        """
+        xp, degree = self.xp, self.table.degree
+        if degree == 0:
+            return self.product(xp.abs(features), weights, total)
+        lower = xp.abs(features[: self.table.offsets[degree], :])
+        pairs = self.product(lower[self.table.rows(degree - 1), :], xp.permute_dims(xp.abs(columns), (1, 0)) * weights)
+        highest = xp.take(xp.reshape(pairs, (-1,)), self._indices(device(pairs))[0], axis=0)
+        found = xp.concat([self.product(lower, weights), highest[:, None]], axis=0)
+        return found if total is None else total + found
 
     def absolute_read(self, columns: Array, features: Array, table: list[Array]) -> list[Array]:
-        """Return, per degree, the sums over features of |features| (r_s, c) times table[s] (r_s, 1): (c,) float64."""
-        xp = self.xp
-        parts = [xp.abs(xp.permute_dims(features[self.table.rows(s), :], (1, 0))) for s in range(len(table))]
-        return [self.product(part, entries)[:, 0] for part, entries in zip(parts, table, strict=True)]
+        """Return, per degree, the sums over features of |features| (r_s, c) times table[s] (r_s, 1): (c,) float64.
+
+        Those of the highest degree as in `absolute_sums`.
+        """
+        xp, degree = self.xp, self.table.degree
+        lower = xp.abs(features[: self.table.offsets[max(degree, 1)], :])
+        rows = [xp.permute_dims(lower[self.table.rows(s), :], (1, 0)) for s in range(max(degree, 1))]
+        found = [self.product(part, entries)[:, 0] for part, entries in zip(rows, table, strict=False)]
+        if degree == 0:
+            return found
+        entries = xp.concat([table[degree][:, 0], xp.zeros_like(table[degree][:1, 0])], axis=0)
+        pairs = xp.reshape(xp.take(entries, self._indices(device(entries))[1], axis=0), (rows[-1].shape[1], -1))
+        spread = self.product(rows[-1], pairs)
+        return [*found, xp.sum(spread * xp.permute_dims(xp.abs(columns), (1, 0)), axis=1)]
+
+    def _indices(self, where: Any) -> tuple[Array, Array]:
+        """Return, in pairs (parent, variable), where each monomial of the highest degree is; and its inverse.
+
+        A pair that is no monomial, because its variables are not in order, has the index after the last monomial.
+        """
+
+        def make() -> tuple[np.ndarray, np.ndarray]:
+            above, variables = parents(self.table, self.table.degree)
+            pairs = above * self.table.width + variables
+            lower = self.table.rows(self.table.degree - 1)
+            inverse = np.full((lower.stop - lower.start) * self.table.width, len(pairs))
+            inverse[pairs] = np.arange(len(pairs))
+            return pairs, inverse
+
+        return self._constants("pairs", where, make)
+
+    def parents(self, degree: int, where: Any) -> tuple[Array, Array]:
+        """Return `features.parents` of a degree as arrays of a device; made once."""
+        return self._constants(degree, where, lambda: parents(self.table, degree))
+
+    def _constants(self, name: Any, where: Any, make: Callable[[], tuple[np.ndarray, ...]]) -> tuple[Array, ...]:
+        key = (name, where)
+        if key not in self._index:
+            self._index[key] = tuple(self.xp.asarray(x.copy(), device=where) for x in make())
+        return self._index[key]
 
     def collector(self, trailing: tuple[int, ...] = (), dtype: Any = None) -> RowCollector:
         """Return what gathers blocks of rows into (b, h, n, ..); float64 when no dtype is named."""

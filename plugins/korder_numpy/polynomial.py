@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -101,45 +100,6 @@ class NumpyPolynomialKernel(PolynomialKernel):
             np.matmul(left[:, start : start + self.sum_block], right[start : start + self.sum_block], out=part)
             result += part
         return result
-
-    def absolute_sums(self, columns: Array, features: Array, weights: Array, total: Array | None = None) -> Array:
-        """Return total (r, 1) + the sums of |features| times weights, float64.
-
-        Those of the highest degree are products of |columns| with |features| of one degree less, so that no absolute
-        value of the many highest ones is ever taken.
-        """
-        degree = self.table.degree
-        result = np.zeros((features.shape[0], 1)) if total is None else total
-        if degree == 0:
-            return self.product(np.abs(features), weights, result)
-        lower = np.abs(features[: self.table.offsets[degree]])
-        result[: self.table.offsets[degree]] += self.product(lower, weights)
-        weighted = (np.abs(columns) * weights[:, 0]).T
-        pairs = self.product(lower[self.table.rows(degree - 1)], weighted)
-        rows = result[self.table.rows(degree), 0]
-        for first, (start, place) in enumerate(self._top_rows):
-            rows[place] += pairs[start:, first]
-        return result
-
-    def absolute_read(self, columns: Array, features: Array, table: list[Array]) -> list[Array]:
-        """Return, per degree, the sums over features of |features| times the table; the highest as `absolute_sums`."""
-        degree = self.table.degree
-        lower = np.abs(features[: self.table.offsets[degree]] if degree else features)
-        found = [self.product(lower[self.table.rows(s)].T, table[s])[:, 0] for s in range(max(degree, 1))]
-        if degree == 0:
-            return found
-        parents = lower[self.table.rows(degree - 1)]
-        pairs = np.zeros((parents.shape[0], self.table.width), dtype=features.dtype)
-        for first, (start, place) in enumerate(self._top_rows):
-            pairs[start:, first] = table[degree][place, 0]
-        spread = self.product(parents.T, pairs)
-        return [*found, np.einsum("cl,lc->c", spread, np.abs(columns))]
-
-    @cached_property
-    def _top_rows(self) -> list[tuple[int, slice]]:
-        """Return, for each first variable, where its parents begin and which rows of the highest degree it fills."""
-        starts, positions = self.table.starts[self.table.degree - 1], self.table.starts[self.table.degree]
-        return [(starts[v], slice(positions[v], positions[v + 1])) for v in range(self.table.width)]
 
     def running_state(self, features: Array, weighted: Array, carry: Array) -> Array:
         """Return carry + running sums over tokens, (c, rho, e'); a loop of adds, faster than NumPy's cumulative sum."""

@@ -30,7 +30,7 @@ from korder.spi import (
     Wanted,
     choose_tiling,
 )
-from korder_torch.products import product
+from korder_torch.products import batched_product
 
 TILE_SCORES = 2**21
 """Scores in a tile: enough work to hide what calling a few tensor operations costs, and still inside a cache."""
@@ -113,7 +113,7 @@ class TorchTileArithmetic(TileArithmetic):
             extra = -shift[..., None] if extra is None else extra - shift[..., None]
         if mask is not None and mask.outer is not None:
             extra = torch.where(mask.outer, 0.0 if extra is None else extra, -inf)
-        scores = product(_rows(folded.query), contracted.keys).view(*folded.query.shape[:5], -1)
+        scores = batched_product(_rows(folded.query), contracted.keys.mT).view(*folded.query.shape[:5], -1)
         if extra is not None:
             scores += extra[..., None]
         if contracted.additive is not None:
@@ -131,7 +131,7 @@ class TorchTileArithmetic(TileArithmetic):
         return total, sums.mul_(folded.gate[:, :, None, None]).sum(dim=-2)
 
     def _times_values(self, weights: Tensor, contracted: Contracted) -> Tensor:
-        return product(_rows(weights), contracted.values.mT).view(*weights.shape[:5], -1)
+        return batched_product(_rows(weights), contracted.values).view(*weights.shape[:5], -1)
 
     def gradients(
         self, row: RowCotangent, folded: Folded, contracted: Contracted, mask: TileMask | None, wanted: Wanted
@@ -145,15 +145,15 @@ class TorchTileArithmetic(TileArithmetic):
         gate = None
         if wanted.values and folded.gate is not None:
             gate = self._times_values(weights, contracted).mul_(row.output[..., None, :]).sum(dim=(2, 3))
-        score_gradient = product(flat_gated, contracted.values).view(weights.shape)
+        score_gradient = batched_product(flat_gated, contracted.values.mT).view(weights.shape)
         score_gradient -= row.delta[..., None, None]
         score_gradient *= weights
         flat = _rows(score_gradient)
         return TileGradients(
-            query=product(flat, contracted.keys.mT).view(folded.query.shape) if wanted.queries else None,
+            query=batched_product(flat, contracted.keys).view(folded.query.shape) if wanted.queries else None,
             gate=gate,
-            keys=product(_rows(folded.query).mT, flat.mT).mT if wanted.keys else None,
-            values=product(flat_gated.mT, flat_weights.mT).mT if wanted.values else None,
+            keys=batched_product(flat.mT, _rows(folded.query)) if wanted.keys else None,
+            values=batched_product(flat_weights.mT, flat_gated) if wanted.values else None,
             outer_biases=score_gradient.sum(dim=-1) if wanted.outer_biases else None,
             inner_biases=score_gradient.sum(dim=-2) if wanted.inner_biases else None,
         )

@@ -8,30 +8,40 @@ import torch
 from torch import Tensor
 
 ONE_PRODUCT = 2**15
-"""Multiplications below which a product of many heads is done as one batch."""
+"""Multiplications a head from which a batch is multiplied head by head."""
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """Return left (b, g, p, q) @ right^T, of right (b, g, s, q).
+    """Return left (p, q) @ right (q, s).
 
-    On the CPU in float32 this goes to oneDNN, through the operation that compiled linear layers use: `torch.bmm` goes
-    to the BLAS that torch was built with, whose best kernels some processors are not given. Both take any strides.
+    On the CPU in float32 this goes to oneDNN, through the operation that compiled linear layers use: `torch.mm` goes to
+    the BLAS that torch was built with, whose best kernels some processors are not given.
     """
-    heads = left.shape[0] * left.shape[1]
-    rows, columns, width = left.shape[2], right.shape[2], left.shape[3]
-    if left.dtype is torch.float32 and left.device.type == "cpu" and heads * rows * columns * width > 0:
-        linear = _linear()
-        if linear is not None and (heads == 1 or rows * columns * width >= ONE_PRODUCT):
-            parts = [
-                linear(x, y, None, "none", [], "") for x, y in zip(left.flatten(0, 1), right.flatten(0, 1), strict=True)
-            ]
-            out = parts[0] if heads == 1 else torch.stack(parts)
-            return out.view(*left.shape[:2], rows, columns)
-    return left @ right.mT
+    linear = _linear(left)
+    if linear is None or 0 in (*left.shape, *right.shape):
+        return left @ right
+    if left.mT.is_contiguous() and not left.is_contiguous():  # as the first factor it would be copied
+        return linear(right.mT.contiguous(), left, None, "none", [], "").mT
+    return linear(left, right.mT if _dense(right) else right.mT.contiguous(), None, "none", [], "")
 
 
-def _linear() -> Any:
-    """Return oneDNN's linear, None where this torch has none."""
-    if not torch.backends.mkldnn.is_available():
+def batched_product(left: Tensor, right: Tensor) -> Tensor:
+    """Return left (b, g, p, q) @ right (b, g, q, s)."""
+    b, g, p, q = left.shape
+    s = right.shape[-1]
+    if _linear(left) is None or (b * g != 1 and p * q * s < ONE_PRODUCT):
+        return left @ right
+    parts = [product(x, y) for x, y in zip(left.flatten(0, 1), right.flatten(0, 1), strict=True)]
+    return (torch.stack(parts) if len(parts) != 1 else parts[0]).reshape(b, g, p, s)
+
+
+def _dense(x: Tensor) -> bool:
+    """Whether a matrix has no gaps: as the second factor, oneDNN multiplies others in a slow loop."""
+    return x.is_contiguous() or x.mT.is_contiguous()
+
+
+def _linear(x: Tensor) -> Any:
+    """Return oneDNN's linear, left (p, q) times the transpose of right (s, q); None where it does not apply."""
+    if x.dtype is not torch.float32 or x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return None
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
