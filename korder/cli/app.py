@@ -1,4 +1,4 @@
-"""The command line: `korder run | plan | validate | schema | backends | bench`, each with --format text or json."""
+"""The command line: `korder run | plan | validate | schema | backends | bench | conformance`, in text or JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from korder.cli import machine, runs
+from korder.cli import conformance, machine, runs
 from korder.cli.group import Commands
 
 app = typer.Typer(
@@ -45,3 +45,4 @@ app.command("validate")(runs.validate_file)
 app.command("schema")(runs.print_schema)
 app.command("backends")(machine.list_backends)
 app.command("bench")(machine.bench)
+app.command("conformance")(conformance.check_backend)
