@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -71,10 +72,11 @@ def measured_slope(sizes: Sequence[int], times: list[float], target: float, name
     return Measured(f"n^{slope:.2f}", f"<= n^{target:g}", slope <= target, f"{name}, d = e = 64; {shown}", values)
 
 
-def run_python(program: str, *arguments: str) -> str:
-    """Run a program in a process of its own and return what it prints."""
+def run_python(program: str, *arguments: str, environment: dict[str, str] | None = None) -> str:
+    """Run a program in a process of its own, with more in its environment if given, and return what it prints."""
     command = [sys.executable, "-c", program, *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    variables = os.environ | (environment or {})
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=variables).stdout
 
 
 def case_text(case: Case) -> str:

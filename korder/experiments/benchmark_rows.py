@@ -38,6 +38,7 @@ from korder.experiments.benchmark_figures import (
     run_python,
     time_text,
 )
+from korder.experiments.benchmark_memory import RETURNS_MEMORY
 from korder.spec import AttentionSpec, Exact, Polynomial
 
 EXACT_ORDER_2 = AttentionSpec(order=2)
@@ -149,7 +150,9 @@ def exact_memory(settings: Settings) -> Measured:
     n, target = 512 if settings.quick else 2048, 1.2
     if sys.platform == "win32":
         return Measured("-", f"<= {target:.1f} of the plan", None, "this system does not tell a process's peak memory")
-    traced, grown, planned = json.loads(run_python(_MEMORY_PROGRAM, str(n), settings.backend))
+    traced, grown, planned = json.loads(
+        run_python(_MEMORY_PROGRAM, str(n), settings.backend, environment=RETURNS_MEMORY)
+    )
     peak = max(traced, grown)
     return Measured(
         f"{peak / planned:.2f} of the plan",
