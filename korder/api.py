@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from importlib import import_module
 from typing import Any
 
 from korder.dispatch.arrays import (
@@ -83,10 +84,9 @@ def attend(
         >>> attend(x, (x, x), (x, x)).shape
         (4, 3)
     """
-    if array_kind(query, "query") == "torch":  # the door of tensors, so that nothing is silently not differentiable
-        from korder.torch import functional
-
-        return functional.attend(
+    door = _door(array_kind(query, "query"))
+    if door is not None:  # that of the arrays' framework, so that nothing is silently not differentiable
+        return door.attend(
             query,
             keys,
             values,
@@ -115,6 +115,11 @@ def attend(
     return as_given(given, run(default_registry(), request).output.output)
 
 
+def _door(kind: str) -> Any:
+    """Return the module with the functions for arrays of a framework, None where there is none."""
+    return import_module(f"korder.{kind}.functional") if kind in ("torch", "jax") else None
+
+
 def attend_result(
     query: Array,
     keys: Sequence[Array],
@@ -133,10 +138,9 @@ def attend_result(
 
     Arguments, shapes and errors as `attend`; lse has the query's leading axes and length.
     """
-    if array_kind(query, "query") == "torch":
-        from korder.torch import functional
-
-        return functional.attend_result(
+    door = _door(array_kind(query, "query"))
+    if door is not None:
+        result: Result = door.attend_result(
             query,
             keys,
             values,
@@ -149,6 +153,7 @@ def attend_result(
             statistics=statistics,
             backend=backend,
         )
+        return result
     given, request = make_request(
         query,
         keys,

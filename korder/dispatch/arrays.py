@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -84,8 +85,18 @@ def _dtype_text(dtype: Any) -> str:
 
 def device_name(array: Array) -> str:
     """Return the device as text, "cpu" where arrays have none."""
+    if array_kind(array) == "jax":
+        return _jax_platform(array)
     device = str(getattr(array, "device", "cpu")).lower()
     return "cpu" if "cpu" in device else device
+
+
+def _jax_platform(array: Array) -> str:
+    """Return the platform of a JAX array, on however many devices; for a traced one that of the default backend."""
+    jax = sys.modules["jax"]  # whoever made the array has imported it
+    if isinstance(array, jax.core.Tracer):
+        return str(jax.default_backend())
+    return str(next(iter(array.devices())).platform)
 
 
 @lru_cache(maxsize=16)
