@@ -140,7 +140,7 @@ case = make_case(AttentionSpec(order=2), n, 64, backend)
 tracemalloc.start()
 output, grown = with_growth(case.forward)
 given = output.output.nbytes + output.lse.nbytes
-planned = getattr(case.prepared.kernel, "workspace_bytes", case.plan.cost.peak_memory)
+planned = max(case.plan.cost.peak_memory, getattr(case.prepared.kernel, "workspace_bytes", 0))
 print(json.dumps([tracemalloc.get_traced_memory()[1] - given, grown - given, planned]))
 """
 
