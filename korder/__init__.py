@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from korder.operators import KhatriRao, Kronecker
     from korder.result import Certificate, Provenance, Result
     from korder.spec import AttentionSpec, Causal, Exact, Full, Ordered, Policy, Polynomial, Window
+    from korder.spec.layers import AttentionLayerSpec, TransformerBlockSpec
     from korder.weights import marginals, top_tuples
 
 __version__ = "0.1.0"
@@ -49,6 +50,7 @@ _HOMES = {
     "korder.operators": ("KhatriRao", "Kronecker"),
     "korder.result": ("Certificate", "Provenance", "Result"),
     "korder.spec": ("AttentionSpec", "Causal", "Exact", "Full", "Ordered", "Policy", "Polynomial", "Window"),
+    "korder.spec.layers": ("AttentionLayerSpec", "TransformerBlockSpec"),
     "korder.weights": ("marginals", "top_tuples"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -56,6 +58,7 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "AccuracyError",
     "AccuracyWarning",
+    "AttentionLayerSpec",
     "AttentionSpec",
     "BackendUnavailableError",
     "Causal",
@@ -76,6 +79,7 @@ __all__ = [
     "Result",
     "ShapeError",
     "SpecError",
+    "TransformerBlockSpec",
     "UnknownBackendError",
     "UnsupportedProblemError",
     "Window",

@@ -159,3 +159,25 @@ def test_unit_rows_at_their_edges(order: int, pairs: bool) -> None:
     assert torch.isfinite(x.grad[[0, 3]]).all()
     rows = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(6), requires_grad=True)
     assert torch.autograd.gradcheck(lambda rows: unit_rows(rows, order, pairs=pairs), (rows,))
+
+
+def test_a_rotary_bounded_layer_by_complex_numbers() -> None:
+    """The whole layer, order 2, one head: rows over their norm of exponent 3, complex scores, sharpness, softmax."""
+    from korder.torch import OrderKAttention
+
+    torch.manual_seed(7)
+    layer = OrderKAttention(6, order=2, rotary=True, score_bound=4.0, learn_sharpness=True, dtype=torch.float64)
+    with torch.no_grad():
+        layer.sharpness.fill_(0.3)
+        x = torch.randn(1, 4, 6, dtype=torch.float64)
+        found = layer(x)[0]
+        query, *keys = (project(x)[0].numpy() for project in (layer.query_projection, *layer.key_projections))
+        first, second = (project(x)[0].numpy() for project in layer.value_projections)
+    unit = [
+        row / (np.hypot(row[:, 0::2], row[:, 1::2]) ** 3).sum(1, keepdims=True) ** (1 / 3) for row in (query, *keys)
+    ]
+    scores = complex_scores(unit[0], unit[1:], first=0, offsets=(0, 0), base=10000.0) * 4.0 / (1 + np.exp(-0.3))
+    weights = np.exp(scores)
+    weights /= weights.sum(axis=(1, 2), keepdims=True)
+    attended = torch.from_numpy(np.einsum("iab,ac,bc->ic", weights, first, second))
+    torch.testing.assert_close(found, layer.output_projection(attended).detach(), rtol=1e-12, atol=1e-13)

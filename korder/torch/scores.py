@@ -66,4 +66,4 @@ def alibi(
     positions = torch.arange(queries, device=device)[:, None] + query_offset
     distances = (positions - torch.arange(keys, device=device) - key_offset).abs()
     slopes = torch.exp2(-8.0 * torch.arange(1, heads + 1, dtype=torch.float64, device=device) / heads)
-    return (-slopes[:, None, None] * distances).to(dtype)
+    return (slopes[:, None, None] * -distances).to(dtype)
