@@ -77,7 +77,7 @@ def dtype_name(array: Array) -> str:
     return _dtype_text(array.dtype)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=64, typed=True)  # by type too: dtypes of different libraries may hash alike but must not be compared
 def _dtype_text(dtype: Any) -> str:
     name = getattr(dtype, "name", None)
     return name if isinstance(name, str) else str(dtype).rsplit(".", 1)[-1]
