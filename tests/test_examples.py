@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -107,3 +109,25 @@ def test_order_two_by_hand() -> None:
     script = EXAMPLES / "01_order2_by_hand.py"
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
     assert "largest difference" in done.stdout
+
+
+def test_training_a_set_layer_says_what_it_learned() -> None:
+    pytest.importorskip("torch")
+    script = EXAMPLES / "02_train_set_layer.py"
+    command = [sys.executable, str(script), "--steps", "3"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert re.fullmatch(r"majority guess: 5\d\.\d% of 24000 held-out cards", lines[0])
+    counts = [
+        re.fullmatch(rf"order {order}: \d+\.\d% right, (\d+) parameters, \d+ s", line).group(1)
+        for order, line in zip((2, 1), lines[1:], strict=True)
+    ]
+    assert counts[0] == counts[1]  # the comparison is of equal sizes
+
+
+def test_the_tables_of_the_training_example_are_judged_right() -> None:
+    torch = pytest.importorskip("torch")
+    deal = runpy.run_path(str(EXAMPLES / "02_train_set_layer.py"))["deal"]
+    tables, truth = deal(20, torch.Generator().manual_seed(5))
+    for table, answers in zip(tables.unflatten(-1, (4, 3)).argmax(-1).tolist(), truth.tolist(), strict=True):
+        assert len(set(map(tuple, table))) == 12
+        assert set_cards.brute_force(tuple(map(tuple, table))).in_a_set == tuple(answers)
