@@ -305,9 +305,13 @@ def test_dropout_drops_outputs_in_training_only() -> None:
     assert 0.35 < dropped.double().mean() < 0.65
     torch.testing.assert_close(trained[~dropped], 2 * whole[~dropped], rtol=1e-12, atol=0)
     assert torch.equal(module.eval()(x), whole)
-    block = OrderKTransformerBlock(8, dropout=0.5, dtype=FLOAT64)
-    assert not torch.equal(block(x), block(x))
-    assert torch.equal(block.eval()(x), block(x))
+    config = OrderKTransformerBlock(8, dropout=0.5).config
+    assert config.dropout == config.attention.dropout == 0.5
+    branches = ({"dropout": 0.0}, {"attention": config.attention.model_copy(update={"dropout": 0.0})})
+    for one_branch in branches:  # each branch drops on its own
+        block = OrderKTransformerBlock.from_config(config.model_copy(update=one_branch), dtype=FLOAT64)
+        assert not torch.equal(block(x), block(x))
+        assert torch.equal(block.eval()(x), block(x))
 
 
 def test_the_block_is_two_residual_branches() -> None:
