@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,18 @@ class Outcome:
     prepared: Prepared
 
 
-def run(registry: Registry, request: Request, *, save: bool = False, certify: bool = False) -> Outcome:
+Forward = Callable[[Prepared, Request, bool], KernelOutput]
+"""Calls a prepared kernel's forward on a request's operands; the last argument is whether to save for a backward."""
+
+
+def call_kernel(prepared: Prepared, request: Request, save: bool) -> KernelOutput:
+    """Call the kernel itself."""
+    return prepared.kernel.forward(request.operands, save=save)
+
+
+def run(
+    registry: Registry, request: Request, *, save: bool = False, certify: bool = False, forward: Forward = call_kernel
+) -> Outcome:
     """Run a request, by the first plan whose certificate meets the tolerance.
 
     Args:
@@ -52,6 +64,7 @@ def run(registry: Registry, request: Request, *, save: bool = False, certify: bo
         request: What to run.
         save: Whether backward will be called on the output.
         certify: Whether to certify even without a tolerance.
+        forward: How a kernel is called; a framework that records its calls has a way of its own.
 
     Raises:
         AccuracyError: No plan meets the tolerance and the method says to raise.
@@ -64,7 +77,7 @@ def run(registry: Registry, request: Request, *, save: bool = False, certify: bo
         prepared = prepare(registry, request.problem, request.array_kind, request.backend, first=first, backward=save)
         rejected += prepared.selection.rejected
         try:
-            attempt = _attempt(request, prepared, save=save, certify=certify)
+            attempt = _attempt(request, prepared, forward(prepared, request, save), certify=certify)
         except AccuracyError as error:  # a normaliser that is not positive: unusable, unless another plan is left
             first += prepared.selection.rank + 1
             if first >= len(prepared.plans):
@@ -122,9 +135,8 @@ def _next_plan(prepared: Prepared, first: int, attempt: _Attempt) -> int:
     return following
 
 
-def _attempt(request: Request, prepared: Prepared, *, save: bool, certify: bool) -> _Attempt:
-    """Run one plan, certify its result if that is due, and check it against the tolerance."""
-    output = prepared.kernel.forward(request.operands, save=save)
+def _attempt(request: Request, prepared: Prepared, output: KernelOutput, *, certify: bool) -> _Attempt:
+    """Certify the result of one plan if that is due, and check it against the tolerance."""
     plan = prepared.selection.plan
     method = request.problem.spec.polynomial
     if plan.method == "exact" or method is None or (method.tolerance is None and not certify):

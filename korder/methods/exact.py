@@ -54,6 +54,15 @@ class ExactKernel:
         """Bytes beyond inputs and outputs that a forward needs."""
         return forward_workspace(self.plan.problem, self.tiling, in_place=self.in_place)
 
+    def residual_shapes(self, operands: Operands) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Return shape and dtype of lse, and of the output before it is narrowed, which backward wants."""
+        problem = self.plan.problem
+        rows = (problem.batch, problem.heads, problem.queries)
+        shapes = {"lse": (rows, problem.accumulation)}
+        if problem.dtype != problem.accumulation:
+            shapes["output"] = ((*rows, problem.value_width), problem.accumulation)
+        return shapes
+
     def arithmetic(self) -> TileArithmetic:
         """Return the arithmetic of one call; a subclass may return one with buffers."""
         return TileArithmetic(self.xp)

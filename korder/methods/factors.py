@@ -164,10 +164,7 @@ def planes(xp: Any, problem: Problem, operands: Operands, maxima: Array | None =
     """
     dtype = getattr(xp, problem.accumulation)
     projections = _projections(xp, problem, operands)
-    shared = problem.heads // problem.groups
-    # a bias that differs between query heads separates their key states
-    separate = any(bias is not None and bias.shape[1] > 1 for bias in operands.biases)
-    width = 1 if separate else shared
+    shared, width = problem.heads // problem.groups, _plane_heads(problem, operands)
     starts = [(batch, first) for batch in range(problem.batch) for first in range(0, problem.heads, width)]
     for index, (batch, first) in enumerate(starts):
         group = first // shared
@@ -180,6 +177,17 @@ def planes(xp: Any, problem: Problem, operands: Operands, maxima: Array | None =
         queries = tuple(Factor(operands.query[batch, head, ...], projections[0], dtype) for head in heads)
         values = tuple(value[batch, group, ...] for value in operands.values)
         yield Plane(batch, group, heads, queries, tuple(keys), values)
+
+
+def plane_count(problem: Problem, operands: Operands) -> int:
+    """Return how many planes `planes` yields."""
+    return problem.batch * problem.heads // _plane_heads(problem, operands)
+
+
+def _plane_heads(problem: Problem, operands: Operands) -> int:
+    """Return the query heads of a plane: those of a key head, or one if a bias differs between them."""
+    separate = any(bias is not None and bias.shape[1] > 1 for bias in operands.biases)
+    return 1 if separate else problem.heads // problem.groups
 
 
 def _projections(xp: Any, problem: Problem, operands: Operands) -> tuple[Projection, ...]:

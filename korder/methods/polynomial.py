@@ -13,7 +13,7 @@ import numpy as np
 from array_api_compat import device
 
 from korder.errors import AccuracyError
-from korder.methods.factors import Factor, Plane, planes
+from korder.methods.factors import Factor, Plane, plane_count, planes
 from korder.methods.features import (
     FeatureTable,
     feature_adjoint,
@@ -110,6 +110,20 @@ class PolynomialKernel:
             magnitude=magnitude,
             residuals=kept.residuals(xp, centre) if save else None,
         )
+
+    def residual_shapes(self, operands: Operands) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Return shape and dtype of everything that forward returns beside the output, residuals included."""
+        problem, order = self.problem, self.problem.order
+        rows = (problem.batch, problem.heads, problem.queries)
+        planes = plane_count(problem, operands)
+        shapes = {
+            **dict.fromkeys(("lse", "normaliser", "magnitude", "centre"), rows),
+            "moments": (*rows, self.polynomial.degree + 1),
+            "scales": (planes, order + 1, self.table.width),
+            "maxima": (planes, order),
+            "states": (planes, order, self.table.features, problem.value_width + 1),
+        }
+        return {name: (shape, "float64") for name, shape in shapes.items()}
 
     def _nothing(self, operands: Operands) -> KernelOutput:
         """Return the output of a problem without a batch entry."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -48,6 +48,14 @@ class AttentionSpec(SpecModel):
                 expected=f"as many windows as the order, {self.order}",
             )
         return self
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Keep the spec as text, where a tracing compiler finds it without running pydantic."""
+        self.__dict__["text"] = self.model_dump_json()
+
+    if TYPE_CHECKING:
+        text: ClassVar[str]
+        """The spec as JSON."""
 
     def score_factor(self, query_width: int) -> float:
         """Return the number that multiplies every score, for a query of `query_width` columns."""

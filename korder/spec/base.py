@@ -79,6 +79,10 @@ class SpecModel(BaseModel, metaclass=_SpecMeta):
         except ValidationError as error:
             raise spec_error(error, cls) from None
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy with some fields replaced, checked like a new one; `deep` changes nothing, all is frozen."""
+        return type(self)(**{**{name: getattr(self, name) for name in type(self).model_fields}, **(update or {})})
+
     if not TYPE_CHECKING:  # a type checker knows the fields as read-only
 
         def __setattr__(self, name: str, value: Any) -> None:

@@ -18,7 +18,10 @@ class Kernel(Protocol):
     """A compiled plan: pure array functions, safe to call from several threads.
 
     Optional attributes: `workspace_bytes` (int, bytes beyond inputs and outputs), `rounding_unit` (float, the relative
-    rounding error of one block sum of an approximate method).
+    rounding error of one block sum of an approximate method), and a method `residual_shapes(operands)`: shape and dtype
+    name of everything beside `output` that `forward(save=True)` returns, residuals by their names. Frameworks that
+    record or trace need it; of the operands only shapes may be looked at. The first axis of a residual runs over the
+    batch, or over the batch and something else with the batch outermost.
     """
 
     def forward(self, operands: Operands, *, save: bool, residuals: dict[str, object] | None = None) -> KernelOutput:

@@ -6,11 +6,14 @@ there. Memory is that of every tile at once.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
 
 from korder.methods.exact import ExactKernel
 from korder.methods.layout import Layout
@@ -18,13 +21,24 @@ from korder.methods.polynomial import PolynomialKernel
 from korder.planning.plan import Plan
 from korder.spi.operands import Operands
 
+Pull = Callable[[tuple[Tensor, Tensor]], tuple[Tensor, ...]]
+
 
 class _RecordedExactKernel(ExactKernel):
     """The generic exact kernel, which looks at values apart from the graph."""
 
     def is_tame(self, layout: Layout, *cotangents: Tensor) -> bool:
-        apart = {field.name: _detached(getattr(layout, field.name)) for field in fields(layout)}
-        return super().is_tame(Layout(**apart), *(cotangent.detach() for cotangent in cotangents))
+        apart = {field.name: _physical(getattr(layout, field.name)) for field in fields(layout)}
+        return super().is_tame(Layout(**apart), *(_physical(cotangent) for cotangent in cotangents))
+
+
+class _RecordedPolynomialKernel(PolynomialKernel):
+    """The generic polynomial kernel, which looks at values apart from the graph."""
+
+    def check_normaliser(self, mean: Tensor, live: Tensor) -> None:
+        # the kernel that ran before it has checked what can be told row by row
+        if not any(_functorch.is_functorch_wrapped_tensor(x) for x in (mean, live)):
+            super().check_normaliser(mean.detach(), live)
 
 
 def composite(plan: Plan, operands: Operands) -> tuple[Tensor, Tensor]:
@@ -38,19 +52,43 @@ def composite(plan: Plan, operands: Operands) -> tuple[Tensor, Tensor]:
     if plan.method == "exact":
         found = _RecordedExactKernel(xp, plan).forward(operands, save=False)
     else:
-        kernel = PolynomialKernel(xp, plan)
+        kernel = _RecordedPolynomialKernel(xp, plan)
         with torch.no_grad():
             statistics = kernel.forward(_detached_operands(operands), save=True).residuals
         found = kernel.forward(operands, save=False, residuals=statistics)
     return found.output, found.lse
 
 
-def _detached(x: Any) -> Any:
+def has_tangents(tensors: Sequence[Tensor]) -> bool:
+    """Return whether forward-mode derivatives are being taken: a kernel would drop them without a word."""
+    stack = _functorch.get_interpreter_stack() or ()
+    if any(interpreter.key() == _functorch.TransformType.Jvp for interpreter in stack):
+        return True
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def in_transform() -> bool:
+    """Return whether a transform of torch.func is at work."""
+    return _functorch.peek_interpreter_stack() is not None
+
+
+def _physical(x: Any) -> Any:
+    """Return the numbers themselves, without graph, tangents or the wrappers of torch.func."""
     if isinstance(x, tuple):
-        return tuple(_detached(item) for item in x)
-    return x.detach() if isinstance(x, Tensor) else x
+        return tuple(_physical(item) for item in x)
+    if not isinstance(x, Tensor):
+        return x
+    while _functorch.is_functorch_wrapped_tensor(x):
+        x = _functorch.get_unwrapped(x)
+    return x.detach()
 
 
 def _detached_operands(operands: Operands) -> Operands:
     named = ("query", "keys", "values", "biases", "weight")
     return replace(operands, **{name: _detached(getattr(operands, name)) for name in named})
+
+
+def _detached(x: Any) -> Any:
+    if isinstance(x, tuple):
+        return tuple(_detached(item) for item in x)
+    return x.detach() if isinstance(x, Tensor) else x

@@ -1,27 +1,29 @@
-"""`attend` and `attend_result` for tensors: the kernel's own backward, recorded in autograd.
+"""`attend` and `attend_result` for tensors: one custom op, so that autograd, compilers and transforms all know it.
 
-First derivatives by reverse mode go through the kernel; second derivatives and forward mode through `composite`.
+Forward mode goes through `composite`, and is noticed before the op, which would drop tangents.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from korder.dispatch.prepare import Prepared
 from korder.dispatch.registry import default_registry
 from korder.dispatch.request import as_given, make_request, make_result
-from korder.dispatch.run import Outcome, Request, run
-from korder.errors import OperandError
+from korder.dispatch.run import Request, run
+from korder.errors import UnsupportedProblemError
 from korder.problem import ScoreStatistics
 from korder.result import Result
-from korder.spec import AttentionSpec
-from korder.spi.operands import OperandGradients, Operands, OutputGradients
-from korder.torch.composite import composite
+from korder.spec import AttentionSpec, Polynomial
+from korder.spi.operands import KernelOutput
+from korder.torch.calls import Packed, arguments_of, pack, request_of
+from korder.torch.composite import composite, has_tangents, in_transform
+from korder.torch.ops import CERTIFIED, attend_op, prepared_for
 
 
 def attend(
@@ -55,21 +57,20 @@ def attend(
         >>> tuple(x.grad.shape)
         (4, 3)
     """
-    given, request = make_request(
-        query,
-        keys,
-        values,
-        spec=spec,
-        weight=weight,
-        biases=biases,
-        key_masks=key_masks,
-        query_offset=query_offset,
-        key_offsets=key_offsets,
-        statistics=statistics,
-        backend=backend,
-    )
-    outcome = _run(request, certify=False)
-    return as_given(given, outcome.output.output)
+    packed = pack(
+        query, keys, values, spec, weight, biases, key_masks, query_offset, key_offsets, statistics, backend
+    )  # fmt: skip
+    if torch.compiler.is_dynamo_compiling():  # which must not be led into what only numbers can answer
+        _require_static(spec, statistics)
+        return _like_query(_run_op(packed, _autocast(packed.tensors))[0], query)
+    tensors = _autocast(packed.tensors)
+    if has_tangents(tensors):
+        return _like_query(_recorded(packed, tensors)[0], query)
+    if _without_numbers(tensors):
+        _require_static(spec, statistics)
+    elif _depends_on_data(spec):
+        return _result(packed, tensors, certify=False).output
+    return _like_query(_run_op(packed, tensors)[0], query)
 
 
 def attend_result(
@@ -87,142 +88,104 @@ def attend_result(
     backend: str = "auto",
 ) -> Result:
     """Return what `attend` returns with lse, differentiable as well, the detached certificate and the provenance."""
-    given, request = make_request(
-        query,
-        keys,
-        values,
-        spec=spec,
-        weight=weight,
-        biases=biases,
-        key_masks=key_masks,
-        query_offset=query_offset,
-        key_offsets=key_offsets,
-        statistics=statistics,
-        backend=backend,
+    packed = pack(
+        query, keys, values, spec, weight, biases, key_masks, query_offset, key_offsets, statistics, backend
+    )  # fmt: skip
+    if torch.compiler.is_dynamo_compiling():
+        _require_static(spec, statistics)
+        output, lse = _run_op(packed, _autocast(packed.tensors))[:2]
+        return Result(_like_query(output, query), _like_query(lse, query))
+    tensors = _autocast(packed.tensors)
+    if has_tangents(tensors) or _without_numbers(tensors):
+        _require_static(spec, statistics)
+        found = _recorded(packed, tensors) if has_tangents(tensors) else _run_op(packed, tensors)
+        return Result(_like_query(found[0], query), _like_query(found[1], query))
+    return _result(packed, tensors, certify=True)
+
+
+def _run_op(packed: Packed, tensors: list[Tensor]) -> list[Tensor]:
+    """Return output, lse and what else the op returns; autograd knows of it."""
+    save = torch.is_grad_enabled() and any([x.requires_grad for x in tensors])  # noqa: C419 - a compiler traces it
+    return attend_op(tensors, packed.text, packed.offsets, save or in_transform())
+
+
+def _recorded(packed: Packed, tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return output and lse by recorded operations, which carry tangents."""
+    request = request_of(tensors, packed.text, packed.offsets)
+    return composite(prepared_for(request, packed.text, False).selection.plan, request.operands)
+
+
+def _like_query(x: Tensor, query: Tensor) -> Tensor:
+    """(b, h, n, ..) back to the query's own leading axes."""
+    return x if query.ndim == 4 else x.reshape((*query.shape[:-1], *x.shape[3:]))
+
+
+def _autocast(tensors: list[Tensor]) -> list[Tensor]:
+    """Return the tensors in the dtype of autocast where that is on, as PyTorch's own attention does."""
+    kind = tensors[0].device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors]
+
+
+def _without_numbers(tensors: list[Tensor]) -> bool:
+    """Whether the tensors have no numbers to look at: they are traced, or stand for many."""
+    fake = sys.modules.get("torch._subclasses.fake_tensor")
+    return (
+        in_transform()
+        or tensors[0].device.type == "meta"
+        or (fake is not None and any(isinstance(x, fake.FakeTensor) for x in tensors))
     )
-    outcome = _run(request, certify=True)
-    return make_result(default_registry(), given, request, outcome)
 
 
-def _run(request: Request, *, certify: bool) -> Outcome:
-    """Run a request so that autograd knows of it; the outcome's output and lse carry the graph."""
-    tensors = _tensors(request.operands)
-    call = _Call(request, certify)
-    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-        # Seen before the node, because a node without a rule for tangents would drop them.
-        call.outcome = run(default_registry(), _detached(request, tensors), certify=certify)
-        output, lse = composite(call.outcome.provenance.plan, request.operands)
-    else:
-        output, lse = _Attend.apply(call, *tensors)
-    assert call.outcome is not None
-    return replace(call.outcome, output=replace(call.outcome.output, output=output, lse=lse))
+def _depends_on_data(spec: AttentionSpec | None) -> bool:
+    """Whether numbers decide what is computed."""
+    return spec is not None and isinstance(spec.method, Polynomial) and spec.method.tolerance is not None
 
 
-@dataclass(slots=True)
-class _Call:
-    """What goes into the autograd function beside tensors, and what comes out beside tensors."""
-
-    request: Request
-    certify: bool
-    outcome: Outcome | None = None
-
-
-class _Attend(torch.autograd.Function):  # type: ignore[misc]
-    """The kernel of a request as one node of the graph."""
-
-    @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the request; keep what its backward wants only if a gradient may be asked for."""
-        wanted = any(ctx.needs_input_grad)
-        request = _detached(call.request, tensors)
-        outcome = run(default_registry(), request, save=wanted, certify=call.certify)
-        call.outcome = outcome
-        output, lse = outcome.output.output, outcome.output.lse
-        if wanted:
-            ctx.save_for_backward(*tensors, output, lse)
-            # Without the outputs, which would hold the graph that holds them.
-            ctx.rest = replace(outcome.output, output=None, lse=None)
-            ctx.operands = _with_tensors(request.operands, [...] * len(tensors))
-            ctx.selected = outcome.prepared
-        ctx.set_materialize_grads(False)
-        return output, lse
-
-    @staticmethod
-    def backward(ctx: Any, output: Tensor | None, lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Call the kernel's backward for the operands that want a gradient; the composite if it is to be recorded."""
-        *tensors, saved_output, saved_lse = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return (None, *_recorded_gradients(ctx, tensors, output, lse))
-        operands = _with_tensors(ctx.operands, tensors)
-        saved = replace(ctx.rest, output=saved_output, lse=saved_lse)
-        gradient = torch.zeros_like(saved_output) if output is None else output
-        groups = _groups(operands)
-        needs = frozenset(group for group, need in zip(groups, ctx.needs_input_grad[1:], strict=True) if need)
-        found = ctx.selected.kernel.backward(operands, saved, OutputGradients(gradient, lse), needs=needs)
-        gradients = _tensors_of_gradients(operands, found)
-        kept = zip(gradients, ctx.needs_input_grad[1:], strict=True)
-        return (None, *(gradient if need else None for gradient, need in kept))
+def _require_static(spec: AttentionSpec | None, statistics: ScoreStatistics | None) -> None:
+    """Raise for what only numbers can decide."""
+    if _depends_on_data(spec) and statistics is None:
+        raise UnsupportedProblemError(
+            "a tolerance cannot be met while tensors are traced, because their numbers are not known.",
+            code="needs-statistics",
+            expected="method=Polynomial(degree=...), or statistics= measured before with korder.measure",
+            got=f"tolerance={spec.method.tolerance} without statistics=",  # type: ignore[union-attr]
+            hint="with statistics the degree is chosen from them, and the certificate is not checked.",
+        )
 
 
-def _recorded_gradients(
-    ctx: Any, tensors: list[Tensor], output: Tensor | None, lse: Tensor | None
-) -> list[Tensor | None]:
-    """The gradients as functions of operands and cotangents, for a second derivative."""
-    # Views, so that one tensor given in two places is two variables here.
-    apart = [tensor.view_as(tensor) for tensor in tensors]
-    found = composite(ctx.selected.selection.plan, _with_tensors(ctx.operands, apart))
-    pairs = [(y, cotangent) for y, cotangent in zip(found, (output, lse), strict=True) if cotangent is not None]
-    wanted = [tensor for tensor, need in zip(apart, ctx.needs_input_grad[1:], strict=True) if need]
-    outputs, cotangents = zip(*pairs, strict=True)
-    gradients = iter(torch.autograd.grad(outputs, wanted, cotangents, create_graph=True, allow_unused=True))
-    return [next(gradients) if need else None for need in ctx.needs_input_grad[1:]]
+class _Recorder:
+    """Calls kernels through the op, so that autograd knows of every attempt; holds their outputs with their graph."""
+
+    def __init__(self, packed: Packed, tensors: list[Tensor]) -> None:
+        self.packed, self.tensors = packed, tensors
+        self.attempts: list[tuple[KernelOutput, list[Tensor]]] = []
+
+    def __call__(self, prepared: Prepared, request: Request, save: bool) -> KernelOutput:
+        """Run the plan that was chosen, by the backend that was chosen."""
+        selection = prepared.selection
+        rank = prepared.plans.index(selection.plan)
+        text = self.packed.with_choice(request.problem.statistics, rank, selection.backend.name)
+        outputs = attend_op(self.tensors, text, self.packed.offsets, save)
+        output, lse, *rest = [x.detach() for x in outputs]
+        approximate = selection.plan.method != "exact"
+        found = KernelOutput(output, lse, **(dict(zip(CERTIFIED, rest, strict=False)) if approximate else {}))
+        self.attempts.append((found, outputs))
+        return found
+
+    def graph_of(self, found: KernelOutput) -> list[Tensor]:
+        """Return the outputs of an attempt with their graph."""
+        return next(outputs for output, outputs in self.attempts if output is found)
 
 
-def _detached(request: Request, tensors: Sequence[Tensor]) -> Request:
-    """The request on operands without a graph or tangents."""
-    plain = [forward_ad.unpack_dual(tensor).primal.detach() for tensor in tensors]
-    return replace(request, operands=_with_tensors(request.operands, plain))
-
-
-def _tensors(operands: Operands) -> list[Tensor]:
-    """The operands that may carry a gradient, in the order of `_groups`."""
-    for t, mask in enumerate(operands.key_masks):
-        if mask is not None and mask.requires_grad:
-            raise OperandError(
-                f"key_masks[{t}] cannot carry a gradient.", expected="a bool tensor", got="requires_grad"
-            )
-    weight = operands.weight
-    weights = weight if isinstance(weight, tuple) else () if weight is None else (weight,)
-    biases = [bias for bias in operands.biases if bias is not None]
-    return [operands.query, *operands.keys, *operands.values, *biases, *weights]
-
-
-def _groups(operands: Operands) -> list[str]:
-    """The name that `needs` has for each tensor of `_tensors`."""
-    weight = operands.weight
-    weights = len(weight) if isinstance(weight, tuple) else int(weight is not None)
-    order = len(operands.keys)
-    biases = sum(bias is not None for bias in operands.biases)
-    return ["query", *["keys"] * order, *["values"] * order, *["biases"] * biases, *["weight"] * weights]
-
-
-def _with_tensors(operands: Operands, tensors: list[Any]) -> Operands:
-    """The operands with other tensors in place of those of `_tensors`."""
-    remaining = iter(tensors)
-    query = next(remaining)
-    keys = tuple(next(remaining) for _ in operands.keys)
-    values = tuple(next(remaining) for _ in operands.values)
-    biases = tuple(None if bias is None else next(remaining) for bias in operands.biases)
-    weight: Any = None
-    if operands.weight is not None:
-        weight = tuple(remaining) if isinstance(operands.weight, tuple) else next(remaining)
-    return replace(operands, query=query, keys=keys, values=values, biases=biases, weight=weight)
-
-
-def _tensors_of_gradients(operands: Operands, found: OperandGradients) -> list[Tensor | None]:
-    weight = found.weight
-    expected = len(operands.weight) if isinstance(operands.weight, tuple) else int(operands.weight is not None)
-    weights = list(weight) if isinstance(weight, tuple) else [weight] * expected
-    given = zip(operands.biases, found.biases, strict=True)
-    biases = [gradient for bias, gradient in given if bias is not None]
-    return [found.query, *found.keys, *found.values, *biases, *weights]
+def _result(packed: Packed, tensors: list[Tensor], *, certify: bool) -> Result:
+    """Run a call as `korder.attend_result` does, recorded."""
+    given, request = make_request(**arguments_of([x.detach() for x in tensors], packed.text, packed.offsets))
+    recorder = _Recorder(packed, tensors)
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    outcome = run(default_registry(), request, save=save, certify=certify, forward=recorder)
+    output, lse = recorder.graph_of(outcome.output)[:2]
+    result = make_result(default_registry(), given, request, outcome)
+    return replace(result, output=as_given(given, output), lse=as_given(given, lse))
