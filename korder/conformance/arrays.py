@@ -82,16 +82,16 @@ class ArrayKind:
         return bool(np.shares_memory(mine, its))
 
     def peak_bytes(self, call: Callable[[], list[Array]]) -> int:
-        """Return the most bytes that a call held beyond what it returned.
+        """Return the most bytes that a call held beyond what it returned; what only the first one builds is left out.
 
         Raises:
             UnverifiedError: Memory of this kind cannot be measured on this device.
         """
-        if self.kind == "torch" and self.device.startswith("cuda"):
-            return _cuda_peak(call, self.device)
-        if self.kind == "numpy":
-            return _traced_peak(call)
-        raise UnverifiedError(f"memory of {self.kind} arrays on {self.device} cannot be measured")
+        on_cuda = self.kind == "torch" and self.device.startswith("cuda")
+        if not on_cuda and self.kind != "numpy":
+            raise UnverifiedError(f"memory of {self.kind} arrays on {self.device} cannot be measured")
+        call()
+        return _cuda_peak(call, self.device) if on_cuda else _traced_peak(call)
 
     def _through_namespace(self, x: Array, dtype: str, device: str) -> Array:
         xp = namespace_of_kind(self.kind)

@@ -74,6 +74,10 @@ class Case:
         )
         return make_problem(self.spec, shapes, self.dtype, self.device)
 
+    def good_to(self, dtype: str) -> str:
+        """Return the dtype that a sum is good to: that of the accumulation where it is held in a wider one."""
+        return self.problem().accumulation if dtype == "float64" else dtype
+
     def plan(self) -> Plan:
         """Return the plan that a backend is asked to compile."""
         plan = candidate_plans(self.problem())[0]

@@ -142,7 +142,7 @@ def _other_numbers(case: Case, shift: int) -> Case:
 
 def _equal(case: Case, found: Found, wanted: Found) -> None:
     agree("output", found.output, wanted.output, dtype=case.dtype, slack=SLACK)
-    agree("lse", found.lse, wanted.lse, dtype=wanted.dtypes["lse"], slack=SLACK)
+    agree("lse", found.lse, wanted.lse, dtype=case.good_to(wanted.dtypes["lse"]), slack=SLACK)
 
 
 def serves_threads(subject: Subject, case: Case) -> None:
@@ -197,7 +197,6 @@ def keeps_to_workspace(subject: Subject, case: Case) -> None:
     require(isinstance(declared, int) and declared >= 0, "workspace_bytes counts bytes.", expected="an int, 0 or more",
             got=repr(declared))  # fmt: skip
     with np.errstate(all="ignore"):
-        kernel.forward(operands, save=False)  # what is built once per process does not count
 
         def call() -> list[Array]:
             return list(_named_results(kernel.forward(operands, save=False)).values())

@@ -97,7 +97,7 @@ def masked_never_leaks(subject: Subject, case: Case) -> None:
 
 def _agrees(case: Case, found: Found, clean: Found) -> None:
     agree("output", found.output, clean.output, dtype=case.dtype, slack=SLACK)
-    agree("lse", found.lse, clean.lse, dtype=clean.dtypes["lse"], slack=SLACK)
+    agree("lse", found.lse, clean.lse, dtype=case.good_to(clean.dtypes["lse"]), slack=SLACK)
 
 
 def _poisoned(case: Case, poison: float) -> Case:
@@ -142,7 +142,7 @@ def _spoils(case: Case, found: Found, clean: Found, rows: Array, *, with_lse: bo
     output = np.where(rows[..., None], np.nan, clean.output)
     agree("output", found.output, output, dtype=case.dtype, slack=SLACK)
     if with_lse:
-        agree("lse", found.lse, np.where(rows, np.nan, clean.lse), dtype=clean.dtypes["lse"], slack=SLACK)
+        agree("lse", found.lse, np.where(rows, np.nan, clean.lse), dtype=case.good_to(clean.dtypes["lse"]), slack=SLACK)
 
 
 def strided_operands(subject: Subject, case: Case) -> None:

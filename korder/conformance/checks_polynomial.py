@@ -62,21 +62,15 @@ def output_matches(subject: Subject, case: Case) -> None:
 def normaliser_matches(subject: Subject, case: Case) -> None:
     """The normaliser is the sum of the polynomial over live tuples."""
     found, truth, plain, condition = _made(subject, case)
-    dtype = _sums(case, found.dtypes["normaliser"])
+    dtype = case.good_to(found.dtypes["normaliser"])
     within_ratio("normaliser", found.normaliser, [plain.normaliser], truth.normaliser, dtype=dtype, condition=condition)
-
-
-def _sums(case: Case, dtype: str) -> str:
-    """Return the dtype that sums are good to: that of the accumulation where the result is held in a wider one."""
-    accumulation = case.problem().accumulation
-    return accumulation if dtype == "float64" else dtype
 
 
 def moments_match(subject: Subject, case: Case) -> None:
     """The moments are the means of the powers of the centred score."""
     found, truth, plain, condition = _made(subject, case)
     terms = np.abs(np.asarray(transform_of(case, found).coefficients))
-    dtype = _sums(case, found.dtypes["moments"])
+    dtype = case.good_to(found.dtypes["moments"])
     got, simple, exact = (x * terms if x.shape[-1:] == terms.shape else x for x in
                           (found.moments, plain.moments, truth.moments))  # fmt: skip
     within_ratio("moments", got, [simple], exact, dtype=dtype, condition=condition)
@@ -155,7 +149,7 @@ def residuals_fix_statistics(subject: Subject, case: Case) -> None:
     require(first.raw.residuals is not None, "save=True kept nothing.", expected="residuals", got="None")
     moved = replace(case, query=as_dtype(1.25 * case.query + 0.125, case.dtype))
     second = subject.forward(moved, kernel=kernel, residuals=first.raw.residuals)
-    dtype = "float32" if "float32" in (first.dtypes["lse"], case.problem().accumulation) else "float64"
+    dtype = case.good_to(first.dtypes["lse"])
     agree("centre under residuals", centre_of(moved, second), centre_of(case, first), dtype=dtype, slack=64.0)
     again = subject.forward(case, kernel=kernel, residuals=first.raw.residuals)
     agree("output under its own residuals", again.output, first.output, dtype=case.dtype, slack=8.0)

@@ -26,7 +26,7 @@ def _slack(case: Case) -> float:
 
 def _same(case: Case, found: Found, other: Found) -> None:
     agree("output", found.output, other.output, dtype=case.dtype, slack=_slack(case))
-    agree("lse", found.lse, other.lse, dtype=found.dtypes["lse"], slack=_slack(case))
+    agree("lse", found.lse, other.lse, dtype=case.good_to(found.dtypes["lse"]), slack=_slack(case))
 
 
 def swapped_modes(subject: Subject, case: Case) -> None:
@@ -86,7 +86,9 @@ def mode_of_ones(subject: Subject, case: Case) -> None:
         copies = np.minimum(np.arange(queries) + 1, length) if causal else np.full(queries, length)
         found, wanted = subject.forward(ones), subject.forward(smaller)
         agree("output", found.output, wanted.output, dtype=case.dtype, slack=_slack(case))
-        agree("lse", found.lse, wanted.lse + np.log(copies), dtype=found.dtypes["lse"], slack=_slack(case))
+        agree(
+            "lse", found.lse, wanted.lse + np.log(copies), dtype=case.good_to(found.dtypes["lse"]), slack=_slack(case)
+        )
 
 
 def masked_is_removed(subject: Subject, case: Case) -> None:
@@ -116,7 +118,7 @@ def merged_parts(subject: Subject, case: Case) -> None:
         shares = [np.where(part.lse == -np.inf, 0.0, np.exp(part.lse - lse)) for part in parts]
     output = sum(part.output * share[..., None] for part, share in zip(parts, shares, strict=True))
     agree("output", output, whole.output, dtype=case.dtype, slack=4.0)
-    agree("lse", lse, whole.lse, dtype=whole.dtypes["lse"], slack=4.0)
+    agree("lse", lse, whole.lse, dtype=case.good_to(whole.dtypes["lse"]), slack=4.0)
 
 
 def shard_of_rows(subject: Subject, case: Case) -> None:
@@ -126,7 +128,7 @@ def shard_of_rows(subject: Subject, case: Case) -> None:
     shard = replace(case, query=case.query[:, :, start:stop], query_offset=case.query_offset + start)
     found = subject.forward(shard)
     agree("output", found.output, whole.output[:, :, start:stop], dtype=case.dtype, slack=_slack(case))
-    agree("lse", found.lse, whole.lse[:, :, start:stop], dtype=found.dtypes["lse"], slack=_slack(case))
+    agree("lse", found.lse, whole.lse[:, :, start:stop], dtype=case.good_to(found.dtypes["lse"]), slack=_slack(case))
 
 
 def _cases(*masks: str, methods: tuple[str, ...] = ("exact", "polynomial"), orders: tuple[int, ...] = (1, 2, 3)) -> Any:

@@ -27,7 +27,7 @@ FAR = 2**40
 def matches_oracle(subject: Subject, case: Case, found: Found | None = None) -> None:
     """Raise unless output and lse are the oracle's."""
     found = found or subject.forward(case)
-    exact, dtype, lse_dtype = answer(case), sum_dtype(case), found.dtypes["lse"]
+    exact, dtype, lse_dtype = answer(case), sum_dtype(case), case.good_to(found.dtypes["lse"])
     # two plain evaluations, because one may be right by luck where there are few numbers
     plain = [answer(case, dtype, folded=folded) for folded in (False, True)]
     outputs = [narrowed(each.output, case.dtype) for each in plain]

@@ -62,7 +62,7 @@ def parametrize_with_checks(
         backend: The backend, or what its entry point brings.
         expected_failures: As `run_conformance`; they become strict xfails.
         depth: "quick" or "full".
-        only: Pattern of the ids to run.
+        only: Pattern of the ids to run, or a level.
         to_array: As `run_conformance`.
         from_array: As `run_conformance`.
 

@@ -34,7 +34,7 @@ def run_conformance(
         depth: "quick", or "full" for every claimed combination.
         expected_failures: Ids of items, or of checks, which stand for all of their items, with the reason why they
             fail. One that passes is a failure.
-        only: Pattern of the ids to run, for example "value.*".
+        only: Pattern of the ids to run, for example "value.*", or a level, "core" or "claimed".
         to_array: Makes arrays of the backend's kind: (numpy array, dtype name, device).
         from_array: Reads them back into numpy.
         on_item: Told every ending as it comes.
@@ -100,7 +100,11 @@ def collect(
     silent = sorted(name for name, reason in expected.items() if not reason)
     if silent:
         raise SpecError("an expected failure needs its reason.", expected="a reason", got=f"none for {silent[0]!r}")
-    return [pair for pair in found if only is None or fnmatchcase(pair[0].id, only) or pair[0].check.id == only]
+    return [pair for pair in found if only is None or _chosen(pair[0], only)]
+
+
+def _chosen(item: Item, only: str) -> bool:
+    return only == item.check.level or fnmatchcase(item.check.id, only) or item.id == only
 
 
 def ask(backend: Backend) -> Availability:

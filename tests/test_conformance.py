@@ -1,0 +1,69 @@
+"""The backends that ship with korder conform, so do the generic kernels over another library, and the page agrees."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from korder.conformance import parametrize_with_checks, report_text, run_conformance
+from korder.conformance.levels import CHECKS
+from korder.dispatch.registry import default_registry
+from korder.spi import NamespaceBackend
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "backends" / "conformance.md"
+
+
+class StrictBackend(NamespaceBackend):
+    """The generic kernels over the strictest Array API namespace."""
+
+    name: ClassVar[str] = "strict"
+    array_kinds: ClassVar[frozenset[str]] = frozenset({"array_api_strict"})
+
+    def namespace(self) -> Any:
+        import array_api_strict
+
+        return array_api_strict
+
+
+@parametrize_with_checks(default_registry().get("numpy"))
+def test_numpy(check: Callable[[], None]) -> None:
+    check()
+
+
+@parametrize_with_checks(default_registry().get("torch"))
+def test_torch(check: Callable[[], None]) -> None:
+    check()
+
+
+def test_strict_namespace_passes_the_core_level() -> None:
+    report = run_conformance(StrictBackend(), only="core")
+    assert not report.failed, report_text(report)
+    counts = report.counts()["core"]
+    assert counts["passed"] > 15
+    assert counts["unverified"] == 1  # it comes from no entry point
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_every_claimed_combination(name: str) -> None:
+    report = run_conformance(default_registry().get(name), depth="full")
+    assert not report.failed, report_text(report)
+
+
+def test_page_lists_every_behaviour_as_the_code_has_it() -> None:
+    rows = re.findall(r"^\| (C\d+\.\d+) \| `([a-z_.]+)` \| (.+) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert rows == [(check.number, check.id, check.behaviour) for check in CHECKS]
+
+
+def test_numbers_count_up_within_each_chapter() -> None:
+    chapters: dict[str, list[int]] = {}
+    for check in CHECKS:
+        chapter, number = check.number.split(".")
+        chapters.setdefault(chapter, []).append(int(number))
+    assert list(chapters) == ["C1", "C2", "C3", "C4", "C5", "C6"]
+    assert all(numbers == list(range(1, len(numbers) + 1)) for numbers in chapters.values())
+    assert len({check.id for check in CHECKS}) == len(CHECKS)
