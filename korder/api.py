@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from importlib import import_module
 from typing import Any
 
 from korder.dispatch.arrays import (
@@ -84,7 +83,7 @@ def attend(
         >>> attend(x, (x, x), (x, x)).shape
         (4, 3)
     """
-    door = _door(array_kind(query, "query"))
+    door = _door(query)
     if door is not None:  # that of the arrays' framework, so that nothing is silently not differentiable
         return door.attend(
             query,
@@ -115,9 +114,17 @@ def attend(
     return as_given(given, run(default_registry(), request).output.output)
 
 
-def _door(kind: str) -> Any:
+def _door(query: Array) -> Any:
     """Return the module with the functions for arrays of a framework, None where there is none."""
-    return import_module(f"korder.{kind}.functional") if kind in ("torch", "jax") else None
+    # A plain tensor is known by its module, a question that a compiler can trace.
+    kind = "torch" if type(query).__module__.startswith("torch") else array_kind(query, "query")
+    if kind == "torch":
+        import korder.torch.functional as door
+    elif kind == "jax":
+        import korder.jax.functional as door  # type: ignore[no-redef]
+    else:
+        return None
+    return door
 
 
 def attend_result(
@@ -138,7 +145,7 @@ def attend_result(
 
     Arguments, shapes and errors as `attend`; lse has the query's leading axes and length.
     """
-    door = _door(array_kind(query, "query"))
+    door = _door(query)
     if door is not None:
         result: Result = door.attend_result(
             query,

@@ -58,7 +58,7 @@ class ExactKernel:
         """Return shape and dtype of lse, and of the output before it is narrowed, which backward wants."""
         problem = self.plan.problem
         rows = (problem.batch, problem.heads, problem.queries)
-        shapes = {"lse": (rows, problem.accumulation)}
+        shapes: dict[str, tuple[tuple[int, ...], str]] = {"lse": (rows, problem.accumulation)}
         if problem.dtype != problem.accumulation:
             shapes["output"] = ((*rows, problem.value_width), problem.accumulation)
         return shapes

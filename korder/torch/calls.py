@@ -94,8 +94,11 @@ def pack(
     keys, values = each_mode(keys, "keys"), each_mode(values, "values")
     biases = each_mode(biases, "biases") if biases is not None else ()
     key_masks = each_mode(key_masks, "key_masks") if key_masks is not None else ()
-    factors = -1 if weight is None else len(weight) if isinstance(weight, (tuple, list)) else 0
-    weights = [] if factors < 0 else [weight] if factors == 0 else list(weight)
+    weights: list[Any] = []
+    factors = -1
+    if weight is not None:
+        many = isinstance(weight, (tuple, list))
+        weights, factors = [*weight] if many else [weight], len(weight) if many else 0
     tensors = [query, *keys, *values, *weights]
     tensors += [x for x in biases if x is not None]
     tensors += [x for x in key_masks if x is not None]

@@ -61,10 +61,19 @@ def composite(plan: Plan, operands: Operands) -> tuple[Tensor, Tensor]:
 
 def has_tangents(tensors: Sequence[Tensor]) -> bool:
     """Return whether forward-mode derivatives are being taken: a kernel would drop them without a word."""
-    stack = _functorch.get_interpreter_stack() or ()
-    if any(interpreter.key() == _functorch.TransformType.Jvp for interpreter in stack):
+    if _transforms_forward():
         return True
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def in_forward_mode() -> bool:
+    """Return whether there may be tangents, for tensors that cannot be asked."""
+    return _transforms_forward() or forward_ad._current_level >= 0
+
+
+def _transforms_forward() -> bool:
+    stack = _functorch.get_interpreter_stack() or ()
+    return any(interpreter.key() == _functorch.TransformType.Jvp for interpreter in stack)
 
 
 def in_transform() -> bool:

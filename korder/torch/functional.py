@@ -16,14 +16,14 @@ from korder.dispatch.prepare import Prepared
 from korder.dispatch.registry import default_registry
 from korder.dispatch.request import as_given, make_request, make_result
 from korder.dispatch.run import Request, run
-from korder.errors import UnsupportedProblemError
 from korder.problem import ScoreStatistics
 from korder.result import Result
-from korder.spec import AttentionSpec, Polynomial
+from korder.spec import AttentionSpec
 from korder.spi.operands import KernelOutput
 from korder.torch.calls import Packed, arguments_of, pack, request_of
 from korder.torch.composite import composite, has_tangents, in_transform
-from korder.torch.ops import CERTIFIED, attend_op, prepared_for
+from korder.torch.ops import CERTIFIED, attend_op, depends_on_data, prepared_for, require_static
+from korder.torch.transforms import Attend
 
 
 def attend(
@@ -61,14 +61,13 @@ def attend(
         query, keys, values, spec, weight, biases, key_masks, query_offset, key_offsets, statistics, backend
     )  # fmt: skip
     if torch.compiler.is_dynamo_compiling():  # which must not be led into what only numbers can answer
-        _require_static(spec, statistics)
         return _like_query(_run_op(packed, _autocast(packed.tensors))[0], query)
     tensors = _autocast(packed.tensors)
     if has_tangents(tensors):
         return _like_query(_recorded(packed, tensors)[0], query)
     if _without_numbers(tensors):
-        _require_static(spec, statistics)
-    elif _depends_on_data(spec):
+        require_static(spec, statistics)
+    elif depends_on_data(spec):
         return _result(packed, tensors, certify=False).output
     return _like_query(_run_op(packed, tensors)[0], query)
 
@@ -92,12 +91,11 @@ def attend_result(
         query, keys, values, spec, weight, biases, key_masks, query_offset, key_offsets, statistics, backend
     )  # fmt: skip
     if torch.compiler.is_dynamo_compiling():
-        _require_static(spec, statistics)
         output, lse = _run_op(packed, _autocast(packed.tensors))[:2]
         return Result(_like_query(output, query), _like_query(lse, query))
     tensors = _autocast(packed.tensors)
     if has_tangents(tensors) or _without_numbers(tensors):
-        _require_static(spec, statistics)
+        require_static(spec, statistics)
         found = _recorded(packed, tensors) if has_tangents(tensors) else _run_op(packed, tensors)
         return Result(_like_query(found[0], query), _like_query(found[1], query))
     return _result(packed, tensors, certify=True)
@@ -105,8 +103,10 @@ def attend_result(
 
 def _run_op(packed: Packed, tensors: list[Tensor]) -> list[Tensor]:
     """Return output, lse and what else the op returns; autograd knows of it."""
+    if not torch.compiler.is_dynamo_compiling() and in_transform():
+        return list(Attend.apply(packed.text, tuple(packed.offsets), *tensors))
     save = torch.is_grad_enabled() and any([x.requires_grad for x in tensors])  # noqa: C419 - a compiler traces it
-    return attend_op(tensors, packed.text, packed.offsets, save or in_transform())
+    return list(attend_op(tensors, packed.text, packed.offsets, save))
 
 
 def _recorded(packed: Packed, tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -137,23 +137,6 @@ def _without_numbers(tensors: list[Tensor]) -> bool:
         or tensors[0].device.type == "meta"
         or (fake is not None and any(isinstance(x, fake.FakeTensor) for x in tensors))
     )
-
-
-def _depends_on_data(spec: AttentionSpec | None) -> bool:
-    """Whether numbers decide what is computed."""
-    return spec is not None and isinstance(spec.method, Polynomial) and spec.method.tolerance is not None
-
-
-def _require_static(spec: AttentionSpec | None, statistics: ScoreStatistics | None) -> None:
-    """Raise for what only numbers can decide."""
-    if _depends_on_data(spec) and statistics is None:
-        raise UnsupportedProblemError(
-            "a tolerance cannot be met while tensors are traced, because their numbers are not known.",
-            code="needs-statistics",
-            expected="method=Polynomial(degree=...), or statistics= measured before with korder.measure",
-            got=f"tolerance={spec.method.tolerance} without statistics=",  # type: ignore[union-attr]
-            hint="with statistics the degree is chosen from them, and the certificate is not checked.",
-        )
 
 
 class _Recorder:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ONE_PRODUCT = 2**15
+ONE_PRODUCT = 2**22
 """Multiplications a head from which a batch is multiplied head by head."""
 
 
@@ -37,7 +37,7 @@ def batched_product(left: Tensor, right: Tensor) -> Tensor:
 
 def _dense(x: Tensor) -> bool:
     """Whether a matrix has no gaps: as the second factor, oneDNN multiplies others in a slow loop."""
-    return x.is_contiguous() or x.mT.is_contiguous()
+    return bool(x.is_contiguous() or x.mT.is_contiguous())
 
 
 def _linear(x: Tensor) -> Any:
