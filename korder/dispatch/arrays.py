@@ -301,10 +301,15 @@ def resolve_spec(spec: Any, order: int, *, weighted: bool) -> AttentionSpec:
     """
     if spec is None:
         # no key at all, or too many, is refused by the problem, which says what is wrong with them
-        return AttentionSpec(order=min(max(order, 1), MAX_ORDER), score="kronecker" if weighted else "khatri_rao")
+        return _plain_spec(min(max(order, 1), MAX_ORDER), weighted)
     if not isinstance(spec, AttentionSpec):
         raise SpecError("spec must be an AttentionSpec.", expected="korder.AttentionSpec(...)", got=type(spec).__name__)
     return spec
+
+
+@lru_cache(maxsize=2 * MAX_ORDER)
+def _plain_spec(order: int, weighted: bool) -> AttentionSpec:
+    return AttentionSpec(order=order, score="kronecker" if weighted else "khatri_rao")
 
 
 def checked_backend_name(backend: Any) -> str:
