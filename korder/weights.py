@@ -12,6 +12,7 @@ from korder.dispatch.arrays import (
     array_kind,
     checked_backend_name,
     namespace_of_kind,
+    on_host,
 )
 from korder.dispatch.prepare import prepare
 from korder.dispatch.registry import default_registry
@@ -166,8 +167,10 @@ def top_tuples(
     )
     from korder.methods.top_tuples import TopTuples
 
-    xp = namespace_of_kind(given.kind)
+    xp, (operands,) = on_host(given.kind, operands)
     count = min(int(count), max(problem.tuples, 1))
-    indices, probabilities = TopTuples(xp, exact_plan(problem)).top(operands, count)
+    found = TopTuples(xp, exact_plan(problem)).top(operands, count)
+    xp = namespace_of_kind(given.kind)
+    indices, probabilities = (xp.asarray(x) for x in found)
     leading = given.shapes.query[:-1]
     return xp.reshape(indices, (*leading, count, problem.order)), xp.reshape(probabilities, (*leading, count))

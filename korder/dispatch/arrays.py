@@ -5,10 +5,12 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
 from math import prod
 from typing import Any
+
+import numpy as np
 
 from korder.errors import OperandError, ShapeError, SpecError
 from korder.problem import Shapes, check_dtype
@@ -113,6 +115,27 @@ def namespace_of_kind(kind: str) -> Any:
 
 def _plain_namespace(kind: str) -> str:
     return "jax.numpy" if kind == "jax" else kind
+
+
+def on_host(kind: str, *records: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Return the namespace in which many small operations on arrays of a kind are made, and the records there.
+
+    JAX compiles each of them for each shape, so statistics and certificates of its arrays are computed in NumPy.
+    """
+    if kind != "jax":
+        return namespace_of_kind(kind), records
+    return namespace_of_kind("numpy"), tuple(_in_numpy(record) for record in records)
+
+
+def _in_numpy(x: Any) -> Any:
+    if is_dataclass(x) and not isinstance(x, type):
+        return replace(x, **{field.name: _in_numpy(getattr(x, field.name)) for field in fields(x)})
+    if isinstance(x, tuple):
+        return tuple(map(_in_numpy, x))
+    if x is None or isinstance(x, (int, dict)):  # residuals are the kernel's own
+        return x
+    array = np.asarray(x)
+    return array.astype(np.float32) if _dtype_text(array.dtype) == "bfloat16" else array
 
 
 def read_operands(

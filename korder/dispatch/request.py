@@ -11,6 +11,7 @@ from korder.dispatch.arrays import (
     Given,
     checked_backend_name,
     namespace_of_kind,
+    on_host,
     read_operands,
     resolve_spec,
     to_kernel_layout,
@@ -76,7 +77,8 @@ def measure_request(request: Request) -> ScoreStatistics:
     """Return the statistics of a request's scores."""
     from korder.methods import statistics
 
-    return statistics.measure(namespace_of_kind(request.array_kind), request.problem, request.operands)
+    xp, (operands,) = on_host(request.array_kind, request.operands)
+    return statistics.measure(xp, request.problem, operands)
 
 
 def as_given(given: Given, array: Array) -> Array:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from korder.dispatch.arrays import namespace_of_kind
+from korder.dispatch.arrays import on_host
 from korder.dispatch.prepare import Prepared, prepare
 from korder.dispatch.registry import Registry
 from korder.dispatch.select import Rejection
@@ -150,11 +150,11 @@ def _attempt(request: Request, prepared: Prepared, output: KernelOutput, *, cert
             expected="normaliser, moments and magnitude in the kernel output, and kernel.rounding_unit",
             got="at least one of them missing",
         )
-    xp = namespace_of_kind(request.array_kind)
-    certificate = certificates.certify(xp, plan, request.operands, output, rounding_unit=unit)
+    xp, (operands, found) = on_host(request.array_kind, request.operands, output)
+    certificate = certificates.certify(xp, plan, operands, found, rounding_unit=unit)
     check = None
     if method.tolerance is not None:
-        check = certificates.meets_tolerance(xp, certificate, request.operands, method.tolerance)
+        check = certificates.meets_tolerance(xp, certificate, operands, method.tolerance)
     return _Attempt(prepared, output, certificate, check)
 
 

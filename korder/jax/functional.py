@@ -90,7 +90,7 @@ def attend_result(
         return Result(as_given(given, output), as_given(given, lse), None, provenance)
     with jax.enable_x64(True):
         outcome = _run(request, certify=True)
-        result = make_result(default_registry(), given, request, outcome)
+        result = jax.tree.map(jnp.asarray, make_result(default_registry(), given, request, outcome))
     return result if jax.config.jax_enable_x64 else _narrowed(result)
 
 
@@ -157,8 +157,7 @@ def _measured(request: Request, statistics: ScoreStatistics | None) -> Request:
         )
     from korder.dispatch.request import measure_request
 
-    with jax.enable_x64(True):
-        return replace(request, problem=replace(request.problem, statistics=measure_request(request)))
+    return replace(request, problem=replace(request.problem, statistics=measure_request(request)))
 
 
 def _is_traced(request: Request) -> bool:

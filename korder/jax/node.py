@@ -34,6 +34,12 @@ class _Call:
     backend: str
     offsets: tuple[int | None, ...]
 
+    @property
+    def twice_differentiable(self) -> bool:
+        """Whether JAX may differentiate what the kernel does: not float64 sums while such arrays are switched off."""
+        narrow = self.problem.spec.polynomial is None and self.problem.accumulation == "float32"
+        return narrow or bool(jax.config.jax_enable_x64)
+
     def selection(self, *, backward: bool) -> tuple[Selection, Kernel]:
         """Return who runs it by which plan, the first that fits; and the kernel."""
         prepared = prepare(default_registry(), self.problem, self.array_kind, self.backend, backward=backward)
@@ -93,14 +99,26 @@ def _attend(call: _Call, arrays: _Arrays) -> tuple[Array, Array]:
 
 
 def _forward(call: _Call, arrays: _Arrays) -> tuple[tuple[Array, Array], tuple[_Arrays, dict[str, Any]]]:
+    kept = _saved(call, arrays) if call.twice_differentiable else _once(_saved)(call, arrays)
+    return (kept["output"], _usual(kept["lse"])), (arrays, kept)
+
+
+def _saved(call: _Call, arrays: _Arrays) -> dict[str, Any]:
+    """Return the kernel's output with what its backward wants."""
     selection, kernel = call.selection(backward=True)
     found = _traceable(selection, lambda: kernel.forward(arrays.operands(call), save=True))
-    kept = {name: getattr(found, name) for name in _OUTPUTS}
-    return (found.output, _usual(found.lse)), (arrays, kept)
+    return {name: getattr(found, name) for name in _OUTPUTS}
 
 
 def _backward(call: _Call, kept: tuple[_Arrays, dict[str, Any]], gradients: tuple[Array, Array]) -> tuple[_Arrays]:
-    arrays, outputs = kept
+    found = _gradients if call.twice_differentiable else _once(_gradients)
+    return (_Arrays(found(call, *kept, gradients), None, None),)  # type: ignore[arg-type]
+
+
+def _gradients(
+    call: _Call, arrays: _Arrays, outputs: dict[str, Any], gradients: tuple[Array, Array]
+) -> tuple[Any, ...]:
+    """Return the kernel's gradients of the variables."""
     selection, kernel = call.selection(backward=True)
     weighted = arrays.variables[4] is not None
     biased = any(bias is not None for bias in arrays.variables[3])
@@ -111,8 +129,24 @@ def _backward(call: _Call, kept: tuple[_Arrays, dict[str, Any]], gradients: tupl
             arrays.operands(call), KernelOutput(**outputs), OutputGradients(*gradients), needs=frozenset(needs)
         ),
     )
-    biases = found.biases or (None,) * len(found.keys)
-    return (_Arrays((found.query, found.keys, found.values, biases, found.weight), None, None),)  # type: ignore[arg-type]
+    return found.query, found.keys, found.values, found.biases or (None,) * len(found.keys), found.weight
+
+
+def _once(function: Callable[..., T]) -> Callable[..., T]:
+    """Return a function of a call and arrays that says so when it is differentiated."""
+    node = jax.custom_vjp(function, nondiff_argnums=(0,))
+
+    def refuse(call: _Call, _: None, gradients: Any) -> Any:
+        raise UnsupportedProblemError(
+            "second derivatives of the polynomial method need float64 sums, which JAX does not differentiate now.",
+            code="second-derivative",
+            expected="jax_enable_x64 on, or the exact method",
+            got="jax_enable_x64 off",
+            hint='jax.config.update("jax_enable_x64", True); operands may stay float32.',
+        )
+
+    node.defvjp(lambda call, *arrays: (function(call, *arrays), None), refuse)
+    return node  # type: ignore[no-any-return]
 
 
 _attend.defvjp(_forward, _backward)

@@ -17,6 +17,7 @@ _EXACT = MethodSupport(
     key_masks=True,
     backward=True,
 )
+_POLYNOMIAL = replace(_EXACT, name="polynomial", masks=frozenset({"full", "causal"}), biases=frozenset({"key"}))
 
 
 class JaxBackend(Backend):
@@ -38,7 +39,7 @@ class JaxBackend(Backend):
             orders=frozenset(range(1, 7)),
             dtypes=frozenset(dtypes),
             devices=frozenset({"cpu"}),
-            methods=(_EXACT,),
+            methods=(_EXACT, _POLYNOMIAL),
             grouped_heads=True,
             accumulation=frozenset({"float32", "float64"}),
         )
@@ -55,9 +56,13 @@ class JaxBackend(Backend):
 
     def compile(self, plan: Plan) -> Kernel:
         """Return the kernel of the plan's method; XLA compiles it at the first call."""
-        from korder_jax.exact import JaxExactKernel
+        if plan.method == "exact":
+            from korder_jax.exact import JaxExactKernel
 
-        return JaxExactKernel(plan)
+            return JaxExactKernel(plan)
+        from korder_jax.polynomial import JaxPolynomialKernel
+
+        return JaxPolynomialKernel(plan)
 
 
 def has_float64() -> bool:
