@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from korder.conformance.cases import Case
-from korder.conformance.checks_gradient import compare_gradients, differentiable, upstream
+from korder.conformance.checks_gradient import compare_gradients, differentiable, rounding_of, upstream
 from korder.conformance.checks_polynomial import output_matches
 from korder.conformance.checks_value import matches_oracle
 from korder.conformance.claims import Claims, shifted
-from korder.conformance.limits import GRADIENT, agree, as_dtype, largest_of, require
+from korder.conformance.limits import agree, as_dtype, require
 from korder.conformance.oracle import live_tuples
 from korder.conformance.records import Check
 from korder.conformance.subject import Found, Subject, named_gradients
@@ -35,9 +35,7 @@ def right(subject: Subject, case: Case) -> None:
     if case.spec.polynomial is None and differentiable(subject.claims):
         pair = upstream(case)
         result, found = subject.backward(case, *pair)
-        # weights made again from lse carry its rounding, which is that of |lse|
-        condition = max(GRADIENT, largest_of(result.lse))
-        compare_gradients(subject, case, named_gradients(found), pair, condition=condition)
+        compare_gradients(subject, case, named_gradients(found), pair, condition=rounding_of(result))
 
 
 def nothing_but_zeros(subject: Subject, case: Case) -> None:

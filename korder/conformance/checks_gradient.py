@@ -11,10 +11,10 @@ import numpy as np
 from korder.conformance.cases import Case
 from korder.conformance.checks_value import sum_dtype
 from korder.conformance.claims import CORE_ORDERS, KEY_OFFSETS, Claims, combinations, everything, shifted, variants
-from korder.conformance.limits import GRADIENT, agree, as_dtype, require, within_ratio
-from korder.conformance.oracle import Transform, gradients, narrowed
+from korder.conformance.limits import GRADIENT, agree, as_dtype, largest_of, require, within_ratio
+from korder.conformance.oracle import WAYS, Transform, gradients, narrowed
 from korder.conformance.records import Check
-from korder.conformance.subject import Subject, named_gradients
+from korder.conformance.subject import Found, Subject, named_gradients
 from korder.dispatch.arrays import dtype_name
 from korder.spi import NEEDS
 
@@ -34,8 +34,14 @@ def matches_closed_form(
 ) -> None:
     """Raise unless every gradient is the closed form's; `transform` is that of the polynomial method."""
     output_gradient, lse_gradient = pair or upstream(case)
-    _, found = subject.backward(case, output_gradient, lse_gradient)
-    compare_gradients(subject, case, named_gradients(found), (output_gradient, lse_gradient), transform)
+    result, found = subject.backward(case, output_gradient, lse_gradient)
+    given = (output_gradient, lse_gradient)
+    compare_gradients(subject, case, named_gradients(found), given, transform, condition=rounding_of(result))
+
+
+def rounding_of(result: Found) -> float:
+    """Return what the limit of gradients is multiplied by: weights made again from lse carry its rounding."""
+    return max(GRADIENT, largest_of(result.lse))
 
 
 def compare_gradients(
@@ -44,11 +50,12 @@ def compare_gradients(
     found: dict[str, Array],
     pair: tuple[Array, Array | None],
     transform: Transform | None = None,
-    condition: float = GRADIENT,
+    *,
+    condition: float,
 ) -> None:
     """Raise unless gradients are those of the oracle, by the ratio rule of each operand."""
     exact = gradients(case, *pair, transform=transform)
-    plain = gradients(case, *pair, dtype=sum_dtype(case), transform=transform)
+    plain = [gradients(case, *pair, dtype=sum_dtype(case), transform=transform, way=way) for way in WAYS]
     require(
         set(found) == set(exact),
         "backward did not return the gradients of the operands that were given.",
@@ -59,7 +66,7 @@ def compare_gradients(
         within_ratio(
             f"gradient of {name}",
             subject.arrays.numpy(found[name]),
-            [narrowed(plain[name], case.dtype)],
+            [narrowed(each[name], case.dtype) for each in plain],
             wanted,
             dtype=case.dtype,
             condition=condition,

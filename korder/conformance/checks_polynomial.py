@@ -17,7 +17,7 @@ from korder.conformance.checks_gradient import compare_gradients, differentiable
 from korder.conformance.checks_value import MASK_OFFSETS, sum_dtype
 from korder.conformance.claims import Claims, combinations, everything, variants, with_spec
 from korder.conformance.limits import CENTRE, GRADIENT, MAGNITUDE, agree, as_dtype, require, unit, within_ratio
-from korder.conformance.oracle import answer, narrowed
+from korder.conformance.oracle import WAYS, answer, narrowed
 from korder.conformance.polynomial_truth import Truth, centre_of, transform_of, truth_of
 from korder.conformance.records import Check
 from korder.conformance.subject import Found, Subject, named_gradients
@@ -27,10 +27,10 @@ Array = Any
 ORDERS = (1, 2, 3)
 
 
-def _made(subject: Subject, case: Case) -> tuple[Found, Truth, Truth, float]:
+def _made(subject: Subject, case: Case) -> tuple[Found, Truth, list[Truth], float]:
     """Return what the kernel returned, the truth, a plain evaluation, and the condition of the worst row."""
 
-    def make() -> tuple[Found, Truth, Truth, float]:
+    def make() -> tuple[Found, Truth, list[Truth], float]:
         found = subject.forward(case, save=True)
         for name in ("normaliser", "moments", "magnitude"):
             require(
@@ -41,9 +41,9 @@ def _made(subject: Subject, case: Case) -> tuple[Found, Truth, Truth, float]:
             )
         transform = transform_of(case, found)
         truth = truth_of(case, transform)
-        return found, truth, truth_of(case, transform, sum_dtype(case)), _condition(truth)
+        return found, truth, [truth_of(case, transform, sum_dtype(case), way) for way in WAYS], _condition(truth)
 
-    made: tuple[Found, Truth, Truth, float] = subject.remembered("polynomial", case, make)
+    made: tuple[Found, Truth, list[Truth], float] = subject.remembered("polynomial", case, make)
     return made
 
 
@@ -55,15 +55,22 @@ def _condition(truth: Truth) -> float:
 def output_matches(subject: Subject, case: Case) -> None:
     """The output is that of the polynomial, its limit grown by the condition of the monomial sum."""
     found, truth, plain, condition = _made(subject, case)
-    shown = narrowed(plain.output, case.dtype)
-    within_ratio("output", found.output, [shown], truth.output, dtype=case.dtype, condition=condition)
+    shown = [narrowed(each.output, case.dtype) for each in plain]
+    within_ratio("output", found.output, shown, truth.output, dtype=case.dtype, condition=condition)
 
 
 def normaliser_matches(subject: Subject, case: Case) -> None:
     """The normaliser is the sum of the polynomial over live tuples."""
     found, truth, plain, condition = _made(subject, case)
     dtype = case.good_to(found.dtypes["normaliser"])
-    within_ratio("normaliser", found.normaliser, [plain.normaliser], truth.normaliser, dtype=dtype, condition=condition)
+    within_ratio(
+        "normaliser",
+        found.normaliser,
+        [each.normaliser for each in plain],
+        truth.normaliser,
+        dtype=dtype,
+        condition=condition,
+    )
 
 
 def moments_match(subject: Subject, case: Case) -> None:
@@ -71,9 +78,10 @@ def moments_match(subject: Subject, case: Case) -> None:
     found, truth, plain, condition = _made(subject, case)
     terms = np.abs(np.asarray(transform_of(case, found).coefficients))
     dtype = case.good_to(found.dtypes["moments"])
-    got, simple, exact = (x * terms if x.shape[-1:] == terms.shape else x for x in
-                          (found.moments, plain.moments, truth.moments))  # fmt: skip
-    within_ratio("moments", got, [simple], exact, dtype=dtype, condition=condition)
+    require(found.moments.shape == truth.moments.shape, "moments have the wrong shape.",
+            expected=str(truth.moments.shape), got=str(found.moments.shape))  # fmt: skip
+    simple = [each.moments * terms for each in plain]
+    within_ratio("moments", found.moments * terms, simple, truth.moments * terms, dtype=dtype, condition=condition)
 
 
 def magnitude_matches(subject: Subject, case: Case) -> None:
@@ -161,7 +169,7 @@ def backward_matches(subject: Subject, case: Case) -> None:
     found, given = subject.backward(case, *pair)
     transform = transform_of(case, found)
     condition = GRADIENT * _condition(truth_of(case, transform))
-    compare_gradients(subject, case, named_gradients(given), pair, transform, condition)
+    compare_gradients(subject, case, named_gradients(given), pair, transform, condition=condition)
 
 
 def sum_is_positive(subject: Subject, case: Case) -> None:

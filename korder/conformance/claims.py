@@ -23,7 +23,7 @@ KEY_OFFSETS = (6, 2, 5, 1, 0, 2)
 DEGREES = {1: 5, 2: 4, 3: 2}
 _WIDTHS = ("float64", "float32", "bfloat16", "float16")
 _FEW_HEADS: dict[str, Any] = {"heads": 2, "queries": 7}
-_SMALL: dict[str, Any] = {"query_width": 2, "value_width": 3, "queries": 5}
+_SMALL: dict[str, Any] = {"query_width": 2, "value_width": 3, "queries": 11}
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,8 @@ RATIO = 4.0
 RELATION = {"float16": 4e-3, "bfloat16": 3.2e-2, "float32": 2e-5, "float64": 1e-13}
 """Largest difference, relative to the largest entry, of two results that must agree but may sum in other orders."""
 GRADIENT = 4.0
-"""What the limit of a gradient is multiplied by: a backward makes the weights again from lse, and rounds once more."""
-CENTRE = 4.0
+"""Least factor on the limit of a gradient; the largest lse where that is more, whose rounding the weights carry."""
+CENTRE = 16.0
 """The same for the polynomial method, whose centre the kit reads off lse and the normaliser, which rounds."""
 MEMORY_RATIO = 1.2
 """Measured workspace over the declared one."""

@@ -17,6 +17,11 @@ from korder.conformance.cases import Case
 from korder.conformance.limits import REFERENCE, as_dtype
 
 Array = Any
+WAYS = ("forward", "backward")
+"""Two plain evaluations: products from the first factor on with scores scaled, from the last on with the query scaled.
+
+One alone may be right by luck where there are few numbers; together they show what rounding does.
+"""
 MODES = "uvwxyz"
 COLUMNS = "ABCDEF"
 
@@ -113,13 +118,14 @@ def score_factors(case: Case, dtype: Any) -> dict[str, tuple[Array, str]]:
         return {"query": (query, "bhir"), **{a: (k, f"bh{m}r") for a, k, m in zip(names, keys, modes, strict=True)}}
     found = {"query": (query, "bhia")}
     found |= {a: (k, f"bh{m}{c}") for a, k, m, c in zip(names, keys, modes, COLUMNS, strict=False)}
-    if isinstance(case.weight, tuple):
-        columns = "a" + COLUMNS[: case.order]
-        return found | {
-            f"weight[{t}]": (u.astype(dtype), f"{c}r")
-            for t, (u, c) in enumerate(zip(case.weight, columns, strict=True))
-        }
-    return found | {"weight": (case.weight.astype(dtype), "a" + COLUMNS[: case.order])}
+    if not isinstance(case.weight, tuple):
+        weight = {"weight": (case.weight.astype(dtype), "a" + COLUMNS[: case.order])}
+        return {"query": found.pop("query"), **weight, **found}
+    columns = "a" + COLUMNS[: case.order]
+    factors = [(u.astype(dtype), f"{c}r") for u, c in zip(case.weight, columns, strict=True)]
+    # each factor of the weight stands behind its operand, so that products stay small from either end
+    paired = zip(found.items(), enumerate(factors), strict=True)
+    return {name: x for operand, (t, factor) in paired for name, x in (operand, (f"weight[{t}]", factor))}
 
 
 def value_factors(case: Case, dtype: Any) -> dict[str, tuple[Array, str]]:
@@ -128,26 +134,28 @@ def value_factors(case: Case, dtype: Any) -> dict[str, tuple[Array, str]]:
     return {f"values[{t}]": (v, f"bh{MODES[t]}e") for t, v in enumerate(values)}
 
 
-def _sum_of_products(factors: Sequence[tuple[Array, str]], result: str) -> Array:
+def _sum_of_products(factors: Sequence[tuple[Array, str]], result: str, way: str = "") -> Array:
     arrays = [array for array, _ in factors]
     subscripts = ",".join(part for _, part in factors)
-    return np.einsum(f"{subscripts}->{result}", *arrays, optimize="greedy" if len(arrays) > 2 else False)
+    count = len(arrays)
+    path: Any = "greedy" if count > 2 else False
+    if way == "forward" and count > 2:
+        path = ["einsum_path", (0, 1), *((0, left - 1) for left in range(count - 1, 1, -1))]
+    elif way == "backward" and count > 2:
+        path = ["einsum_path", *((left - 2, left - 1) for left in range(count, 1, -1))]
+    return np.einsum(f"{subscripts}->{result}", *arrays, optimize=path)
 
 
-def scores_of(case: Case, dtype: Any = REFERENCE, *, absolute: bool = False, folded: bool = False) -> Array:
-    """Return the scores without biases; with `absolute` the sums of their terms' absolute values.
-
-    `folded` multiplies the query by the scale, not the scores: the same numbers, rounded elsewhere.
-    """
+def scores_of(case: Case, dtype: Any = REFERENCE, *, absolute: bool = False, way: str = "") -> Array:
+    """Return the scores without biases; with `absolute` the sums of their terms' absolute values."""
     factors = list(_projected(case, dtype) if absolute else score_factors(case, dtype).values())
     if absolute:
         factors = [(np.abs(array), subscripts) for array, subscripts in factors]
-    if folded:
-        factors[0] = (factors[0][0] * dtype(case.scale), factors[0][1])
-    total = _sum_of_products(factors, "bhi" + MODES[: case.order])
-    if folded:
-        return total
-    return total * (abs(case.scale) if absolute else dtype(case.scale))
+    scale = abs(case.scale) if absolute else case.scale
+    if way == "backward":
+        factors[0] = (factors[0][0] * dtype(scale), factors[0][1])
+    total = _sum_of_products(factors, "bhi" + MODES[: case.order], way)
+    return total if way == "backward" else total * dtype(scale)
 
 
 def _projected(case: Case, dtype: Any) -> list[tuple[Array, str]]:
@@ -172,9 +180,9 @@ def bias_of(case: Case, dtype: Any = REFERENCE) -> Array | float:
     return total
 
 
-def answer(case: Case, dtype: Any = REFERENCE, transform: Transform | None = None, *, folded: bool = False) -> Answer:
-    """Return output and lse by their definitions, computed in `dtype`; `folded` as in `scores_of`."""
-    live, scores, bias = live_tuples(case), scores_of(case, dtype, folded=folded), bias_of(case, dtype)
+def answer(case: Case, dtype: Any = REFERENCE, transform: Transform | None = None, *, way: str = "") -> Answer:
+    """Return output and lse by their definitions, computed in `dtype` in one of `WAYS`."""
+    live, scores, bias = live_tuples(case), scores_of(case, dtype, way=way), bias_of(case, dtype)
     axes = tuple(range(3, scores.ndim))
     with np.errstate(all="ignore"):
         if transform is None:
@@ -195,7 +203,7 @@ def answer(case: Case, dtype: Any = REFERENCE, transform: Transform | None = Non
     divisor = _rows(np.where(any_live, total, 1.0), case.order)
     shares, slopes = (weights / divisor).astype(dtype), (slopes / divisor).astype(dtype)
     factors = list(value_factors(case, dtype).values())
-    output = _sum_of_products([(shares, "bhi" + MODES[: case.order]), *factors], "bhie")
+    output = _sum_of_products([(shares, "bhi" + MODES[: case.order]), *factors], "bhie", way)
     return Answer(output, lse, total, shares, slopes)
 
 
@@ -213,13 +221,15 @@ def gradients(
     lse_gradient: Array | None,
     dtype: Any = REFERENCE,
     transform: Transform | None = None,
+    *,
+    way: str = "",
 ) -> dict[str, Array]:
     """Return the gradient of every operand by name, as a closed form over explicit tensors."""
-    found = answer(case, dtype, transform)
+    found = answer(case, dtype, transform, way=way)
     modes, order = MODES[: case.order], case.order
     upstream = output_gradient.astype(dtype)
     values, scores = value_factors(case, dtype), score_factors(case, dtype)
-    inner = _sum_of_products([(upstream, "bhie"), *values.values()], "bhi" + modes)
+    inner = _sum_of_products([(upstream, "bhie"), *values.values()], "bhi" + modes, way)
     inner = inner - _rows((upstream * found.output).sum(-1), order)
     if lse_gradient is not None:
         inner = inner + _rows(lse_gradient.astype(dtype), order)
@@ -227,10 +237,10 @@ def gradients(
     result = {}
     for name, (_, subscripts) in scores.items():
         others = [factor for other, factor in scores.items() if other != name]
-        result[name] = _sum_of_products([(score_gradient, "bhi" + modes), *others], subscripts)
+        result[name] = _sum_of_products([(score_gradient, "bhi" + modes), *others], subscripts, way)
     for name, (_, subscripts) in values.items():
         others = [factor for other, factor in values.items() if other != name]
-        result[name] = _sum_of_products([(found.shares, "bhi" + modes), (upstream, "bhie"), *others], subscripts)
+        result[name] = _sum_of_products([(found.shares, "bhi" + modes), (upstream, "bhie"), *others], subscripts, way)
     for t in range(order):
         for name in (f"keys[{t}]", f"values[{t}]"):
             result[name] = _by_key_head(result[name], case.keys[t].shape[1])

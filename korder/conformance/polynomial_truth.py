@@ -63,8 +63,8 @@ def transform_of(case: Case, found: Found) -> Transform:
     return Transform(plan.values, centre_of(case, found))
 
 
-def truth_of(case: Case, transform: Transform, dtype: Any = REFERENCE) -> Truth:
-    """Return what a kernel is to return, computed in `dtype`."""
+def truth_of(case: Case, transform: Transform, dtype: Any = REFERENCE, way: str = "") -> Truth:
+    """Return what a kernel is to return, computed in `dtype` in one of the oracle's ways."""
     axes = tuple(range(3, 3 + case.order))
     rows = (..., *(None,) * case.order)
     live, bias = live_tuples(case), bias_of(case, dtype)
@@ -72,12 +72,12 @@ def truth_of(case: Case, transform: Transform, dtype: Any = REFERENCE) -> Truth:
     count = weights.sum(axis=axes)
     safe = np.where(count == 0, 1, count).astype(dtype)
     shift = transform.centre.astype(dtype)[rows]
-    centred, absolute = scores_of(case, dtype) - shift, scores_of(case, dtype, absolute=True) + np.abs(shift)
+    centred, absolute = scores_of(case, dtype, way=way) - shift, scores_of(case, dtype, absolute=True) + np.abs(shift)
     powers = [centred**0]
     for _ in transform.coefficients[1:]:
         powers.append(powers[-1] * centred)
     moments = np.stack([(weights * power).sum(axis=axes) / safe for power in powers], axis=-1)
-    found = answer(case, dtype, transform)
+    found = answer(case, dtype, transform, way=way)
     sizes = np.polynomial.polynomial.polyval(absolute, np.abs(np.asarray(transform.coefficients, dtype)))
     total = np.where(found.total == 0, 1, found.total)
     shrink = np.exp(-bias_maxima(case)).astype(dtype)
