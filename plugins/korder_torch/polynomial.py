@@ -1,44 +1,77 @@
-"""The polynomial method on PyTorch: the generic kernel with features gathered in place and oneDNN products."""
+"""The polynomial method on PyTorch: the generic kernel with features written in place and oneDNN products."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from korder.spi import KernelOutput, OperandGradients, Operands, OutputGradients, PolynomialKernel
+from korder.spi import KernelOutput, OperandGradients, Operands, OutputGradients, Plan, PolynomialKernel
 from korder_torch.products import product
+
+Blocks = list[tuple[int, Tensor, Tensor]]
+"""First variable, parents, and the features that are their products."""
 
 
 class TorchPolynomialKernel(PolynomialKernel):
     """The polynomial method on tensors.
 
-    Cost:  as the generic kernel; a feature is two gathers and one multiplication, a few operations for a whole degree.
+    Cost:  as the generic kernel; every feature is written once, where it belongs.
     """
+
+    def __init__(self, xp: Any, plan: Plan) -> None:
+        super().__init__(xp, plan)
+        self._kept = threading.local()  # the memory of one call, so that threads may share a kernel
 
     def forward(self, operands: Operands, *, save: bool, residuals: dict[str, Any] | None = None) -> KernelOutput:
         """Compute output, lse and what certificates need; autograd is not recorded, the door does that."""
-        with torch.no_grad():
-            return super().forward(operands, save=save, residuals=residuals)
+        try:
+            with torch.no_grad():
+                return super().forward(operands, save=save, residuals=residuals)
+        finally:
+            vars(self._kept).clear()
 
     def backward(
         self, operands: Operands, saved: KernelOutput, grads: OutputGradients, *, needs: frozenset[str]
     ) -> OperandGradients:
         """Compute the gradients that `needs` names."""
-        with torch.no_grad():
-            return super().backward(operands, saved, grads, needs=needs)
+        try:
+            with torch.no_grad():
+                return super().backward(operands, saved, grads, needs=needs)
+        finally:
+            vars(self._kept).clear()
 
     def features(self, columns: Tensor) -> Tensor:
-        """Return the monomials (r, c) of columns (w, c)."""
-        result = columns.new_empty((self.table.features, columns.shape[1]))
-        result[0] = 1.0
-        for m in range(1, self.table.degree + 1):
-            above, first = self.parents(m, columns.device)
-            block = result[self.table.rows(m)]
-            torch.index_select(result[self.table.rows(m - 1)], 0, above, out=block)
-            block.mul_(columns.index_select(0, first))
+        """Return the monomials (r, c); for the full mask in memory that the next call overwrites."""
+        result, blocks = self._memory(columns)
+        variables = columns.unbind(0)
+        for first, parents, rows in blocks:
+            torch.mul(variables[first], parents, out=rows)
         return result
+
+    def _memory(self, columns: Tensor) -> tuple[Tensor, Blocks]:
+        """Return memory for features and its blocks; under the full mask those of the call before if they fit."""
+        count = columns.shape[1]
+        kept: tuple[Tensor, Blocks] | None = getattr(self._kept, "features", None)
+        if kept is not None and kept[0].shape[1] == count:
+            return kept
+        result = columns.new_empty((self.table.features, count))
+        result[0] = 1.0
+        found = (result, [*self._blocks(result)])
+        if self.problem.spec.mask.kind != "causal":  # which holds the features of several modes at once
+            self._kept.features = found  # fresh pages would cost more than the multiplications
+        return found
+
+    def _blocks(self, result: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield first variable, parents and place of every block of features."""
+        for m in range(1, self.table.degree + 1):
+            parents, block = result[self.table.rows(m - 1)], result[self.table.rows(m)]
+            starts, positions = self.table.starts[m - 1], self.table.starts[m]
+            for first in range(self.table.width):
+                yield first, parents[starts[first] :], block[positions[first] : positions[first + 1]]
 
     def product(self, left: Tensor, right: Tensor, total: Tensor | None = None) -> Tensor:
         """Return total + left (p, q) @ right (q, s) in float64, added in place."""
