@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, cast
@@ -73,13 +73,23 @@ def load(points: Iterable[EntryPoint]) -> tuple[list[Loaded], list[LoadFailure]]
         origin = _origin(point)
         try:
             for backend in _backends_of(point, origin):
-                check_backend(backend, origin, loaded)
+                _check(backend, origin, loaded)
                 loaded.append(Loaded(backend, origin))
         except PluginLoadError as error:
             if strict:
                 raise
             failures.append(LoadFailure(origin, error))
     return loaded, failures
+
+
+def _check(backend: Any, origin: Origin, loaded: Sequence[Loaded]) -> None:
+    try:
+        check_backend(backend, origin, loaded)
+    except PluginLoadError:
+        raise
+    except (Exception, SystemExit) as error:  # an attribute may be a property, and raise anything
+        what = f"brings {type(backend).__name__}, which raised when its attributes were read"
+        raise _failed(origin, what, error) from error
 
 
 def check_backend(backend: Any, origin: Origin, loaded: Sequence[Loaded]) -> None:
@@ -100,7 +110,6 @@ def check_backend(backend: Any, origin: Origin, loaded: Sequence[Loaded]) -> Non
             expected="class attributes name, api_version and array_kinds",
             got=f"no {', '.join(missing)}",
         )
-    _check_facts(backend, origin)
     if backend.api_version != API_VERSION:
         raise PluginLoadError(
             f"backend {backend.name!r} speaks another version of the backend contract; it comes from {origin}.",
@@ -109,6 +118,7 @@ def check_backend(backend: Any, origin: Origin, loaded: Sequence[Loaded]) -> Non
             got=f"api_version == {backend.api_version!r}",
             hint="install a release of the plugin made for this korder, or the korder that it was made for.",
         )
+    _check_facts(backend, origin)
     for other in loaded:
         if other.backend.name == backend.name:
             raise PluginLoadError(
@@ -124,10 +134,11 @@ def _check_facts(backend: Backend, origin: Origin) -> None:
     """Raise unless the static facts are what the contract says, so that no question about them can fail later."""
     try:
         capabilities: object = backend.capabilities()
-    except Exception as error:  # a backend that cannot state its facts must not stop the others
+    except (Exception, SystemExit) as error:  # a backend that cannot state its facts must not stop the others
         raise _failed(origin, f"brings a backend {backend.name!r} whose capabilities() raised", error) from error
+    named = isinstance(backend.name, str) and backend.name not in ("", "auto")
     facts = {
-        "name": (backend.name, isinstance(backend.name, str) and bool(backend.name), "a text that is not empty"),
+        "name": (backend.name, named, "a text that is neither empty nor 'auto', which asks for any backend"),
         "array_kinds": (backend.array_kinds, isinstance(backend.array_kinds, frozenset), "a frozenset of texts"),
         "priority": (backend.priority, type(backend.priority) is int, "an integer"),
         "capabilities()": (capabilities, isinstance(capabilities, Capabilities), "a Capabilities"),
@@ -161,14 +172,24 @@ def _backends_of(point: EntryPoint, origin: Origin) -> list[Backend]:
             code="plugin-no-hook",
             expected="a function korder_backends marked with korder.spi.hookimpl",
             got=f"{plugin!r} without one",
+            hint="mark it with @korder.spi.hookimpl, in the module that the entry point names.",
         )
-    found: list[Backend] = []
-    for implementation in implementations:
-        try:
-            found.extend(cast(Iterable[Backend], implementation.function()))
-        except Exception as error:  # a hook that raises is that plugin's failure alone
-            raise _failed(origin, "raised in korder_backends()", error) from error
-    return found
+    return [backend for implementation in implementations for backend in _returned(implementation.function, origin)]
+
+
+def _returned(hook: Callable[[], object], origin: Origin) -> list[Backend]:
+    try:
+        found = hook()
+        if isinstance(found, Iterable) and not isinstance(found, str):
+            return list(cast(Iterable[Backend], found))
+    except (Exception, SystemExit) as error:  # a hook that raises is that plugin's failure alone
+        raise _failed(origin, "raised in korder_backends()", error) from error
+    raise PluginLoadError(
+        f"{origin} returns no sequence from korder_backends().",
+        code="plugin-not-a-sequence",
+        expected="a sequence of backends, for one of them (backend,)",
+        got=f"{found!r} of type {type(found).__name__}",
+    )
 
 
 def _failed(origin: Origin, what: str, error: BaseException) -> PluginLoadError:
@@ -176,7 +197,10 @@ def _failed(origin: Origin, what: str, error: BaseException) -> PluginLoadError:
 
 
 def _origin(point: EntryPoint) -> Origin:
-    distribution = point.dist
-    if distribution is None:
-        return Origin("unknown distribution", entry_point=point.name)
-    return Origin(distribution.metadata["Name"], distribution.version, point.name)
+    # A distribution that was removed by halves has entry points and neither name nor version.
+    try:
+        metadata: Any = point.dist.metadata if point.dist is not None else None
+    except FileNotFoundError:
+        metadata = None
+    name, version = (str(metadata[key]) if metadata and key in metadata else "" for key in ("Name", "Version"))
+    return Origin(name or "unknown distribution", version, point.name)

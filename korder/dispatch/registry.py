@@ -22,7 +22,7 @@ KERNELS_KEPT = 256
 
 @dataclass(frozen=True, slots=True)
 class BackendStatus:
-    """One line of `korder.backends()`: a backend, or a plugin that failed to load."""
+    """One entry of `korder.backends()`: a backend, or a plugin that failed to load, by the name of its entry point."""
 
     name: str
     priority: int
@@ -33,6 +33,8 @@ class BackendStatus:
     array_kinds: tuple[str, ...] = ()
     capabilities: Capabilities | None = None
     loaded: bool = True
+    version: str = ""
+    entry_point: str = ""
 
 
 class Registry:
@@ -84,12 +86,15 @@ class Registry:
             return known[name]
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         failed = "; ".join(f"{failure.origin} failed to load" for failure in self.failures)
+        hint = f"did you mean {near[0]!r}?" if near else "`korder backends` lists what is installed."
+        if any(name == failure.origin.entry_point for failure in self.failures):
+            hint = "`korder backends` says why it failed to load."
         raise UnknownBackendError(
             f"no backend is called {name!r}.",
             expected=f"one of {', '.join(sorted(known)) or 'none: no backend is installed'}"
             + (f"; {failed}" if failed else ""),
             got=repr(name),
-            hint=f"did you mean {near[0]!r}?" if near else "`korder backends` lists what is installed.",
+            hint=hint,
         )
 
     def availability(self, backend: Backend) -> Availability:
@@ -103,25 +108,37 @@ class Registry:
     def status(self) -> tuple[BackendStatus, ...]:
         """Return one status per backend, by priority, then the plugins that failed to load."""
         origins = {item.backend.name: item.origin for item in self._loaded}
-        lines = []
-        for backend in self.ordered():
-            answer = self.availability(backend)
-            lines.append(
-                BackendStatus(
-                    name=backend.name,
-                    priority=backend.priority,
-                    distribution=str(origins[backend.name]),
-                    available=answer.available,
-                    reason=answer.reason,
-                    remedy=answer.remedy,
-                    array_kinds=tuple(sorted(backend.array_kinds)),
-                    capabilities=backend.capabilities(),
-                )
-            )
-        for failure in self.failures:
-            text = str(failure.error)
-            lines.append(BackendStatus(failure.origin.entry_point, 0, str(failure.origin), False, text, loaded=False))
-        return tuple(lines)
+        lines = [self._status(backend, origins[backend.name]) for backend in self.ordered()]
+        return (*lines, *map(_failure_status, self.failures))
+
+    def _status(self, backend: Backend, origin: Origin) -> BackendStatus:
+        answer = self.availability(backend)
+        return BackendStatus(
+            name=backend.name,
+            priority=backend.priority,
+            distribution=origin.distribution,
+            version=origin.version,
+            entry_point=origin.entry_point,
+            available=answer.available,
+            reason=answer.reason,
+            remedy=answer.remedy,
+            array_kinds=tuple(sorted(backend.array_kinds)),
+            capabilities=backend.capabilities(),
+        )
+
+
+def _failure_status(failure: LoadFailure) -> BackendStatus:
+    origin = failure.origin
+    return BackendStatus(
+        name=origin.entry_point,
+        priority=0,
+        distribution=origin.distribution,
+        version=origin.version,
+        entry_point=origin.entry_point,
+        available=False,
+        reason=str(failure.error),
+        loaded=False,
+    )
 
 
 def _ask(backend: Backend) -> Availability:
@@ -130,9 +147,12 @@ def _ask(backend: Backend) -> Availability:
 
     def ask() -> None:
         try:
-            answers.append(backend.availability())
-        except Exception as error:  # a backend that cannot even answer is not available, and says why
-            answers.append(Availability.no(f"availability() raised {type(error).__name__}: {error}"))
+            answer: object = backend.availability()
+        except (Exception, SystemExit) as error:  # a backend that cannot even answer is not available, and says why
+            answer = Availability.no(f"availability() raised {type(error).__name__}: {error}")
+        if not isinstance(answer, Availability):
+            answer = Availability.no(f"availability() returned {answer!r}, which is no korder.spi.Availability")
+        answers.append(answer)
 
     thread = threading.Thread(target=ask, daemon=True, name=f"korder-availability-{backend.name}")
     thread.start()

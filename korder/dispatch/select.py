@@ -92,14 +92,23 @@ def _reasons(registry: Registry, backend: Backend, plan: Plan, array_kind: str, 
     """All reasons against a backend; availability is not asked of one that does not take these arrays."""
     if array_kind not in backend.array_kinds:
         return (str(Reason("array kind", array_kind, ", ".join(sorted(backend.array_kinds)))),)
-    reasons = [str(reason) for reason in backend.unsupported_reasons(plan)]
-    support = backend.capabilities().method(plan.method)
-    if backward and support is not None and not support.backward:
-        reasons.append(str(Reason("pass", "backward", f"forward with method={plan.method}")))
+    reasons = _refusals(backend, plan, backward)
     answer = registry.availability(backend)
     if not answer.available:
         reasons.insert(0, f"not available: {answer.reason}" + (f"; {answer.remedy}" if answer.remedy else ""))
     return tuple(reasons)
+
+
+def _refusals(backend: Backend, plan: Plan, backward: bool) -> list[str]:
+    """All static reasons against a backend; one that cannot be asked about a plan is not asked to run it."""
+    try:
+        reasons = [str(reason) for reason in backend.unsupported_reasons(plan)]
+        support = backend.capabilities().method(plan.method)
+    except Exception as error:
+        return [f"raised when it was asked about this plan: {type(error).__name__}: {error}"]
+    if backward and support is not None and not support.backward:
+        reasons.append(str(Reason("pass", "backward", f"forward with method={plan.method}")))
+    return reasons
 
 
 def _refuse_named(registry: Registry, backend: Backend, array_kind: str) -> None:
