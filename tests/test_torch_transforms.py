@@ -250,3 +250,34 @@ def test_threads_change_rounding_only() -> None:
     finally:
         torch.set_num_threads(threads)
     torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"order": 2, "heads": 2, "rotary": True, "score_bound": 3.0},
+        {"order": 2, "heads": 4, "key_value_heads": 2, "alibi": True, "mask": Causal()},
+        {"order": 2, "heads": 2, "method": Polynomial(degree=2), "mask": Causal()},
+    ],
+    ids=["rotary", "alibi", "polynomial"],
+)
+def test_blocks_compile_export_and_give_gradients_per_sample(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    block = door.OrderKTransformerBlock(8, **options).double()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    eager = block(x)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-13)
+    parameters = dict(block.named_parameters())
+    of_compiled = torch.autograd.grad(compiled.sin().sum(), parameters.values())
+    of_eager = torch.autograd.grad(eager.sin().sum(), parameters.values())
+    for a, b in zip(of_compiled, of_eager, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(torch.export.export(block, (x,)).module()(x), eager, rtol=1e-12, atol=1e-13)
+
+    def loss_of_one(parameters: Any, one: Any) -> Any:
+        return torch.func.functional_call(block, parameters, (one[None],)).sin().sum()
+
+    per_sample = torch.vmap(torch.func.grad(loss_of_one), (None, 0))(parameters, x)
+    for name, gradient in zip(parameters, of_eager, strict=True):
+        torch.testing.assert_close(per_sample[name].sum(0), gradient, rtol=1e-10, atol=1e-11)
