@@ -225,6 +225,8 @@ BROKEN = {
     "import exits": (exits, "no licence"),
     "capabilities raise": (lambda: plugin(altered(capabilities=unable)), "no device table"),
     "capabilities wrong": (lambda: plugin(altered(capabilities=dict)), "a Capabilities"),
+    "a list of orders": (lambda: plugin(altered(capabilities=lambda: Capabilities([1, 2]))), "of frozensets"),  # type: ignore[arg-type]
+    "methods by name": (lambda: plugin(altered(capabilities=lambda: Capabilities(methods="exact"))), "of frozensets"),  # type: ignore[arg-type]
     "priority": (lambda: plugin(altered(priority="high")), "an integer"),
     "array kinds": (lambda: plugin(altered(array_kinds="numpy")), "a frozenset"),
     "import": (broken_import, "libfast.so is missing"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,10 +16,13 @@ if TYPE_CHECKING:
     from korder.dispatch.registry import BackendStatus
     from korder.experiments.benchmark import BenchmarkReport
     from korder.spec.runs import BenchmarkRun
+    from korder.spi import Capabilities, MethodSupport
+
+_COLUMNS = 100
 
 
 def list_backends(form: FormatOption = Format.text) -> None:
-    """List every backend, whether it can run here and why not, and plugins that failed to load."""
+    """List every backend: what it can do, whether it can run here and why not; and plugins that failed to load."""
     with reported(form):
         from korder.api import backends
 
@@ -25,11 +30,11 @@ def list_backends(form: FormatOption = Format.text) -> None:
         if form is Format.json:
             print_json([_status_record(status) for status in statuses])
         else:
-            _print_backends(statuses)
+            typer.echo("\n\n".join(map(_status_text, statuses)) or "no backend is installed")
 
 
 def _status_record(status: BackendStatus) -> dict[str, Any]:
-    names = ("name", "priority", "distribution", "loaded", "available", "reason", "remedy")
+    names = ("name", "priority", "distribution", "version", "entry_point", "loaded", "available", "reason", "remedy")
     record: dict[str, Any] = {name: getattr(status, name) for name in names}
     record["array_kinds"] = list(status.array_kinds)
     if status.capabilities is not None:
@@ -38,32 +43,68 @@ def _status_record(status: BackendStatus) -> dict[str, Any]:
             "orders": sorted(facts.orders),
             "dtypes": sorted(facts.dtypes),
             "devices": sorted(facts.devices),
-            "methods": {method.name: sorted(method.masks) for method in facts.methods},
+            "accumulation": sorted(facts.accumulation),
+            "grouped_heads": facts.grouped_heads,
+            "methods": {method.name: _method_record(method) for method in facts.methods},
         }
     return record
 
 
-def _print_backends(statuses: tuple[BackendStatus, ...]) -> None:
-    from rich.table import Table
+def _method_record(method: MethodSupport) -> dict[str, Any]:
+    sets = {name: sorted(getattr(method, name)) for name in ("masks", "biases", "weights")}
+    return {**sets, "key_masks": method.key_masks, "backward": method.backward}
 
-    table = Table("name", "priority", "from", "arrays", "methods", "dtypes", "can run here", box=None, pad_edge=False)
-    for status in statuses:
-        facts = status.capabilities
-        answer = "yes" if status.available else "failed to load" if not status.loaded else "no"
-        detail = "; ".join(part for part in (status.reason, status.remedy) if part)
-        table.add_row(
-            status.name,
-            str(status.priority) if status.loaded else "",
-            status.distribution,
-            ", ".join(status.array_kinds),
-            ", ".join(method.name for method in facts.methods) if facts else "",
-            ", ".join(sorted(facts.dtypes)) if facts else "",
-            answer + (f": {detail}" if detail else ""),
+
+def _status_text(status: BackendStatus) -> str:
+    """Return a heading with who and from where, then one paragraph for each fact."""
+    place = f"{status.distribution} {status.version}".strip()
+    place += f", entry point {status.entry_point!r}" if status.entry_point else ""
+    if not status.loaded:
+        return "\n".join([f"{status.name}  failed to load  {place}", *_paragraph("", status.reason)])
+    facts = [("runs here", ": ".join(part for part in ("yes" if status.available else "no", status.reason) if part))]
+    if status.remedy:
+        facts.append(("remedy", status.remedy))
+    if status.capabilities is not None:
+        facts += _capability_facts(status.array_kinds, status.capabilities)
+    lines = [line for label, text in facts for line in _paragraph(label, text)]
+    return "\n".join([f"{status.name}  priority {status.priority}  {place}", *lines])
+
+
+def _capability_facts(kinds: tuple[str, ...], facts: Capabilities) -> list[tuple[str, str]]:
+    found = [
+        ("arrays", f"{_listed(kinds)} on {_listed(facts.devices)}; {_listed(facts.dtypes)}"),
+        ("orders", _listed(facts.orders) + ("; grouped heads" if facts.grouped_heads else "")),
+        ("sums", _listed(facts.accumulation)),
+    ]
+    for method in facts.methods:
+        sets = [("masks", method.masks), ("biases", method.biases), ("weights", method.weights)]
+        parts = [f"{name} {_listed(entries)}" for name, entries in sets if entries]
+        parts += [name for name, has in (("key masks", method.key_masks), ("backward", method.backward)) if has]
+        found.append((method.name, "; ".join(parts) or "nothing"))
+    return found
+
+
+def _listed(entries: Iterable[Any]) -> str:
+    return ", ".join(sorted(map(str, entries))) or "none"
+
+
+def _paragraph(label: str, text: str) -> list[str]:
+    """Return a labelled text, every line of it wrapped under its own beginning."""
+    start = f"  {label:<12}" if label else "  "
+    lines: list[str] = []
+    for part in text.splitlines() or [""]:
+        body = part.lstrip()
+        first = start if not lines else " " * len(start)
+        indent = " " * (len(part) - len(body))
+        lines += textwrap.wrap(
+            body,
+            _COLUMNS,
+            initial_indent=first + indent,
+            subsequent_indent=" " * len(first) + indent,
+            break_long_words=False,
+            break_on_hyphens=False,
         )
-    if statuses:
-        console().print(table)
-    else:
-        typer.echo("no backend is installed")
+    return lines
 
 
 def bench(

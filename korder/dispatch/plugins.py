@@ -11,7 +11,7 @@ from typing import Any, cast
 import pluggy
 
 from korder.errors import PluginLoadError
-from korder.spi import API_VERSION, ENTRY_POINT_GROUP, Backend, Capabilities, hooks
+from korder.spi import API_VERSION, ENTRY_POINT_GROUP, Backend, Capabilities, MethodSupport, hooks
 
 OWN_DISTRIBUTION = "korder"
 
@@ -141,7 +141,7 @@ def _check_facts(backend: Backend, origin: Origin) -> None:
         "name": (backend.name, named, "a text that is neither empty nor 'auto', which asks for any backend"),
         "array_kinds": (backend.array_kinds, isinstance(backend.array_kinds, frozenset), "a frozenset of texts"),
         "priority": (backend.priority, type(backend.priority) is int, "an integer"),
-        "capabilities()": (capabilities, isinstance(capabilities, Capabilities), "a Capabilities"),
+        "capabilities()": (capabilities, _well_formed(capabilities), "a Capabilities, of frozensets throughout"),
     }
     for what, (value, fits, expected) in facts.items():
         if not fits:
@@ -151,6 +151,16 @@ def _check_facts(backend: Backend, origin: Origin) -> None:
                 expected=expected,
                 got=repr(value),
             )
+
+
+def _well_formed(facts: object) -> bool:
+    if not isinstance(facts, Capabilities):
+        return False
+    methods: tuple[object, ...] = facts.methods if isinstance(facts.methods, tuple) else (None,)
+    sets: list[object] = [facts.orders, facts.dtypes, facts.devices, facts.accumulation]
+    for method in methods:
+        sets += [method.masks, method.biases, method.weights] if isinstance(method, MethodSupport) else [None]
+    return all(isinstance(entries, frozenset) for entries in sets)
 
 
 def _backends_of(point: EntryPoint, origin: Origin) -> list[Backend]:

@@ -152,7 +152,7 @@ def _ask(backend: Backend) -> Availability:
             answer = Availability.no(f"availability() raised {type(error).__name__}: {error}")
         if not isinstance(answer, Availability):
             answer = Availability.no(f"availability() returned {answer!r}, which is no korder.spi.Availability")
-        answers.append(answer)
+        answers.append(Availability(bool(answer.available), str(answer.reason or ""), str(answer.remedy or "")))
 
     thread = threading.Thread(target=ask, daemon=True, name=f"korder-availability-{backend.name}")
     thread.start()
