@@ -37,6 +37,7 @@ from korder.methods.readings import (
 from korder.methods.sight import live_rows
 from korder.methods.statistics import column_peaks, row_centres
 from korder.planning.plan import Plan, PolynomialPlan
+from korder.planning.polynomial import forward_workspace
 from korder.spi.operands import KernelOutput, OperandGradients, Operands, OutputGradients
 from korder.spi.progress import PROGRESS
 
@@ -53,6 +54,8 @@ class PolynomialKernel:
 
     sum_block: ClassVar[int] = 256
     """Terms summed in the compute dtype before they join a float64 total."""
+    in_place: ClassVar[bool] = False
+    """Whether features and running states are written where they belong; it sets `workspace_bytes`."""
 
     def __init__(self, xp: Any, plan: Plan) -> None:
         assert plan.polynomial is not None
@@ -64,7 +67,8 @@ class PolynomialKernel:
         self.dtype = getattr(xp, plan.problem.accumulation)
         self.rounding_unit = (self.sum_block + 8) * 0.5 * float(xp.finfo(self.dtype).eps)
         self.scale_sign = -1.0 if plan.problem.scale < 0 else 1.0
-        self.workspace_bytes = plan.cost.peak_memory
+        sizes = (plan.polynomial.degree, plan.polynomial.chunk)
+        self.workspace_bytes = forward_workspace(plan.problem, *sizes, in_place=self.in_place)
         self._index: dict[Any, tuple[Array, ...]] = {}
 
     @np.errstate(all="ignore")
@@ -127,14 +131,9 @@ class PolynomialKernel:
 
     def _nothing(self, operands: Operands) -> KernelOutput:
         """Return the output of a problem without a batch entry."""
-        output, lse, moments = (
-            self.collector(trailing, dtype).result()
-            for trailing, dtype in (
-                ((self.problem.value_width,), operands.query.dtype),
-                ((), None),
-                ((self.polynomial.degree + 1,), None),
-            )
-        )
+        width, dtype = self.problem.value_width, operands.query.dtype
+        shapes = (((width,), dtype), ((), None), ((self.polynomial.degree + 1,), None))
+        output, lse, moments = (self.collector(trailing, dtype).result() for trailing, dtype in shapes)
         return KernelOutput(output, lse, lse, moments, lse, {})
 
     def readings(

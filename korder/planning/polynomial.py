@@ -109,14 +109,17 @@ def _item(problem: Problem) -> int:
     return ITEM_BYTES[problem.accumulation]
 
 
-def forward_workspace(problem: Problem, degree: int, chunk: int) -> int:
+def forward_workspace(problem: Problem, degree: int, chunk: int, *, in_place: bool = True) -> int:
     """Return bytes beyond inputs and outputs: key states in float64, the table that is read, one block of features.
 
-    Counts what is alive at the widest point of the passes of a kernel that writes features in place.
+    Counts what is alive at the widest point of the passes of a kernel that writes features and running states in place;
+    one that does not joins them from parts, and holds the widest of them twice.
     """
     sizes = _BlockSizes(problem, degree, chunk)
     order, item = problem.order, sizes.item
     kept = order * 8 * (sizes.state + sizes.features)
+    if not in_place:
+        kept += sizes.run if sizes.causal else sizes.block
     rows = sizes.readings * (degree + 7) + sizes.tokens * problem.score_width * (8 + item)
     if sizes.causal:
         walking = (4 * order + 7) * sizes.run // 4 + (order + 3) * sizes.run // sizes.channels

@@ -35,6 +35,8 @@ class NumpyPolynomialKernel(PolynomialKernel):
         and belongs to the calling thread, so threads may share a kernel.
     """
 
+    in_place = True
+
     def __init__(self, xp: Any, plan: Plan) -> None:
         super().__init__(xp, plan)
         self._buffers = threading.local()
