@@ -65,9 +65,11 @@ def test_an_unknown_depth_is_refused() -> None:
 
 def test_a_backend_that_cannot_run_here_is_unverified() -> None:
     away = Mutant("", (), facts={"availability": lambda self: Availability.no("no such chip", "buy one")}).backend()
-    report = run_conformance(away, only="core")
+    report = run_conformance(away)
     assert not report.failed
     assert not report.verified
+    assert {ending.status for ending in report.endings if not ending.static} == {"unverified"}
+    assert "nothing of mutant could be verified here" in report_text(report)
     by_id = {ending.id.split("[")[0]: ending for ending in report.endings}
     assert by_id["value.core"].status == "unverified"
     assert "no such chip" in by_id["value.core"].message
@@ -144,7 +146,7 @@ def test_the_record_has_what_a_reader_wants() -> None:
     assert set(record["counts"]) == {"core", "claimed"}
     assert set(record["counts"]["core"]) == {"passed", "failed", "expected", "unverified", "refused"}
     assert sum(sum(counts.values()) for counts in record["counts"].values()) == len(record["items"])
-    assert set(record["items"][0]) == {"id", "number", "level", "status", "seconds", "message"}
+    assert set(record["items"][0]) == {"id", "number", "level", "status", "seconds", "message", "static"}
     text = report_text(report)
     assert "C1.9  contract.inputs" in text
     assert "numpy conforms" in text
@@ -180,8 +182,18 @@ def test_the_command_fails_where_a_check_fails(tmp_path: Path) -> None:
 def test_the_command_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     unknown = call("conformance", "mutamt", "--format", "json")
     assert (unknown.exit_code, json.loads(unknown.stderr)["code"]) == (2, "backend-unknown")
+    nothing = call("conformance", "mutant", "--only", "values.*", "--format", "json")
+    assert (nothing.exit_code, json.loads(nothing.stderr)["code"]) == (2, "check-unknown")
     nowhere = call("conformance", "mutant", "--report", str(tmp_path / "no" / "report.json"), "--format", "json")
     assert (nowhere.exit_code, json.loads(nowhere.stderr)["code"]) == (2, "report-path")
+
+
+def test_the_command_says_when_nothing_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    away = Mutant("", (), facts={"availability": lambda self: Availability.no("no such chip")}).backend()
+    monkeypatch.setattr(registry, "default_registry", lambda: Registry([Loaded(away, Origin("test"))]))
+    result = call("conformance", "mutant")
+    assert result.exit_code == 3
+    assert "not available: no such chip" in result.stdout
 
 
 PLUGIN = """

@@ -20,6 +20,9 @@ def check_backend(
         bool, typer.Option("--full/--quick", help="Every claimed combination, or a selection of them.")
     ] = False,
     file: Annotated[Path | None, typer.Option("--report", metavar="FILE", help="Write the report as JSON.")] = None,
+    only: Annotated[
+        str | None, typer.Option("--only", metavar="PATTERN", help='Checks to run, such as "value.*", or "core".')
+    ] = None,
     form: FormatOption = Format.text,
 ) -> None:
     """Check a backend against the numbered behaviours of the contract, as far as it claims them."""
@@ -32,7 +35,14 @@ def check_backend(
             _check_writable(file)
         with TerminalProgress(form) as progress:
             progress.stage(f"checking {name}")
-            report = run_conformance(backend, depth="full" if full else "quick")
+            report = run_conformance(backend, depth="full" if full else "quick", only=only)
+        if not report.endings:
+            raise SpecError(
+                "no check is called that.",
+                code="check-unknown",
+                expected="the id of a check, a pattern of ids, or a level, core or claimed",
+                got=repr(only),
+            )
         if file is not None:
             write_report(report, file)
         if form is Format.json:

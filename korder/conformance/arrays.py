@@ -47,6 +47,14 @@ class ArrayKind:
         if dtype_name(made) != dtype:
             raise UnverifiedError(f"{self.kind} makes {dtype_name(made)} where {dtype} was asked for")
 
+    def can_make(self, dtype: str) -> bool:
+        """Return whether an array of a dtype can be made here."""
+        try:
+            self.check(dtype)
+        except UnverifiedError:
+            return False
+        return True
+
     def array(self, x: Array, dtype: str) -> Array:
         """Return a numpy array as one of this kind; booleans stay booleans."""
         return self._to_array(np.ascontiguousarray(x), "bool" if x.dtype == bool else dtype, self.device)
@@ -122,6 +130,8 @@ def _jax_writer(x: Array, dtype: str, device: str) -> Array:
     import jax
     import jax.numpy as jnp
 
+    if dtype == "float64" and not jax.config.jax_enable_x64:
+        raise ValueError("JAX makes float64 arrays only with JAX_ENABLE_X64=1")
     return jax.device_put(jnp.asarray(x, dtype=dtype), jax.devices(device)[0])
 
 

@@ -66,6 +66,7 @@ class Ending:
         status: Of `STATUSES`.
         seconds: Time that it took.
         message: Why it is not simply passed.
+        static: Whether it looked at what the backend says, and not at a kernel.
     """
 
     id: str
@@ -74,6 +75,7 @@ class Ending:
     status: str
     seconds: float = 0.0
     message: str = ""
+    static: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +109,8 @@ class Report:
 
     @property
     def verified(self) -> bool:
-        """Whether anything was run at all: a check of arrays that passed or failed."""
-        return any("[" in ending.id and ending.status in ("passed", "failed", "expected") for ending in self.endings)
+        """Whether a kernel was looked at."""
+        return any(not ending.static and ending.status in ("passed", "failed", "expected") for ending in self.endings)
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Return how many items of each level ended in each status."""

@@ -141,4 +141,5 @@ def finish(item: Item, answer: Availability, reason: str | None = None) -> Endin
     elif reason is not None and status in ("passed", "refused"):
         status, message = "failed", f"passes, but was expected to fail: {reason}"
     seconds = time.perf_counter() - started
-    return Ending(item.id, item.check.number, item.check.level, status, seconds, message)
+    check = item.check
+    return Ending(item.id, check.number, check.level, status, seconds, message, check.static)

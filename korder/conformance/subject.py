@@ -116,8 +116,9 @@ class Subject:
             return found, kernel.backward(operands, found.raw, grads, needs=needs)
 
     def upstream(self, case: Case, found: Found, output_gradient: Array, lse_gradient: Array | None) -> OutputGradients:
-        """Return upstream gradients in the dtypes of the outputs."""
-        lse = None if lse_gradient is None else self.arrays.array(lse_gradient, found.dtypes["lse"])
+        """Return upstream gradients in the dtypes of the outputs, that of lse in one that can be made here."""
+        dtype = found.dtypes["lse"] if self.arrays.can_make(found.dtypes["lse"]) else "float32"
+        lse = None if lse_gradient is None else self.arrays.array(lse_gradient, dtype)
         return OutputGradients(self.arrays.array(output_gradient, case.dtype), lse)
 
     def remembered(self, what: str, case: Case, make: Callable[[], Any]) -> Any:
