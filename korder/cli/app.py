@@ -1,4 +1,4 @@
-"""The command line: `korder run | plan | validate | schema | backends | bench | conformance`, in text or JSON."""
+"""The command line: `korder run | plan | validate | schema | backends | bench | conformance | new-backend`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from korder.cli import conformance, machine, runs
+from korder.cli import conformance, machine, new_backend, runs
 from korder.cli.group import Commands
 
 app = typer.Typer(
@@ -46,3 +46,4 @@ app.command("schema")(runs.print_schema)
 app.command("backends")(machine.list_backends)
 app.command("bench")(machine.bench)
 app.command("conformance")(conformance.check_backend)
+app.command("new-backend")(new_backend.write_backend)
