@@ -51,7 +51,14 @@ Forward = Callable[[Prepared, Request, bool], KernelOutput]
 
 def call_kernel(prepared: Prepared, request: Request, save: bool) -> KernelOutput:
     """Call the kernel itself."""
-    return prepared.kernel.forward(request.operands, save=save)
+    output: object = prepared.kernel.forward(request.operands, save=save)
+    if isinstance(output, KernelOutput):
+        return output
+    raise KernelError(
+        f"the kernel of backend {prepared.selection.backend.name!r} returned no output.",
+        expected="a korder.spi.KernelOutput from forward",
+        got=f"{output!r} of type {type(output).__name__}",
+    )
 
 
 def run(
