@@ -12,8 +12,9 @@ import pytest
 import korder
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = sorted([*(ROOT / "korder").rglob("*.py"), *(ROOT / "plugins").rglob("*.py")])
-PYTHON = sorted([*MODULES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "examples").rglob("*.py")])
+BESIDE = sorted(path for part in ("tests", "benchmarks") for path in (ROOT / "plugins").glob(f"*/{part}/*.py"))
+MODULES = sorted({*(ROOT / "korder").rglob("*.py"), *(ROOT / "plugins").rglob("*.py")} - {*BESIDE})
+PYTHON = sorted([*MODULES, *BESIDE, *(ROOT / "tests").rglob("*.py"), *(ROOT / "examples").rglob("*.py")])
 
 # Lower may not import higher. The contract's records stand below the methods, its generic backend above them.
 LAYERS = [

@@ -87,6 +87,9 @@ class Spoiled:
     def __init__(self, inner: Any, factor: float = 1.0, swap: bool = False) -> None:
         self.inner, self.factor, self.swap = inner, factor, swap
 
+    def residual_shapes(self, operands: Any) -> Any:
+        return self.inner.residual_shapes(operands)
+
     def forward(self, operands: Any, **options: Any) -> Any:
         output = self.inner.forward(operands, **options)
         return replace(output, output=output.output * self.factor)

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 
 import korder  # noqa: E402
 import korder.torch as door  # noqa: E402
-from korder import AttentionSpec, Causal, Ordered, Polynomial, Window  # noqa: E402
+from korder import Causal, Ordered, Polynomial, Window  # noqa: E402
 from tests.limits import assert_agree, assert_within_ratio  # noqa: E402
 from tests.problems import Case, random_case  # noqa: E402
 from tests.test_api import arguments  # noqa: E402

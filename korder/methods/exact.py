@@ -47,7 +47,7 @@ class ExactKernel:
         self.xp = xp
         self.plan = plan
         self.tiling = tiling or plan.tiling
-        self.steps = Steps.of(plan.problem, plan.tiling)
+        self.steps = Steps.of(plan.problem, self.tiling)
 
     @property
     def workspace_bytes(self) -> int:
@@ -63,8 +63,8 @@ class ExactKernel:
             shapes["output"] = ((*rows, problem.value_width), problem.accumulation)
         return shapes
 
-    def arithmetic(self) -> TileArithmetic:
-        """Return the arithmetic of one call; a subclass may return one with buffers."""
+    def arithmetic(self, layout: Layout) -> TileArithmetic:
+        """Return the arithmetic of one call on laid-out operands; a subclass may return one with buffers."""
         return TileArithmetic(self.xp)
 
     def put(self, total: Array, ranges: Sequence[Range], part: Array) -> Array:
@@ -183,6 +183,6 @@ class ExactKernel:
         )
         closes = problem.spec.mask.kind != "full" or any(x is not None for x in (*layout.biases, *layout.key_masks))
         if not closes or self.is_tame(layout, *cotangents):
-            return TileWalk(self.xp, layout, geometry, self.tiling, self.steps, self.arithmetic(), True)
+            return TileWalk(self.xp, layout, geometry, self.tiling, self.steps, self.arithmetic(layout), True)
         tiling = row_by_row(self.tiling, geometry)
         return TileWalk(self.xp, layout, geometry, tiling, self.steps, TileArithmetic(self.xp), False)

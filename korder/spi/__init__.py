@@ -18,6 +18,7 @@ from korder.spi.progress import PROGRESS
 
 if TYPE_CHECKING:
     from korder.methods.exact import ExactKernel
+    from korder.methods.layout import Layout
     from korder.methods.masks import TileMask
     from korder.methods.tiles import Contracted, Folded, RowCotangent, RowState, TileArithmetic, TileGradients, Wanted
     from korder.spi.namespace import NamespaceBackend, PolynomialKernel
@@ -38,6 +39,7 @@ __all__ = [
     "Kernel",
     "KernelError",
     "KernelOutput",
+    "Layout",
     "MethodSupport",
     "NamespaceBackend",
     "OperandGradients",
@@ -62,6 +64,7 @@ __all__ = [
 
 _LAZY = {
     "ExactKernel": "korder.methods.exact",
+    "Layout": "korder.methods.layout",
     "NamespaceBackend": "korder.spi.namespace",
     "PolynomialKernel": "korder.methods.polynomial",
     "TileMask": "korder.methods.masks",

@@ -168,12 +168,12 @@ def _kernel_output(prepared: Prepared, request: Request, outputs: Sequence[Tenso
 
 
 def _owned(outputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return outputs that share no memory with the operands or each other, as PyTorch wants of an op."""
+    """Return outputs that share no memory with the operands or each other, and are no views: what an op may return."""
     taken = {x.untyped_storage().data_ptr() for x in tensors}
     owned = []
     for x in outputs:
         place = x.untyped_storage().data_ptr()
-        owned.append(x.clone() if place in taken else x.contiguous())
+        owned.append(x.clone() if place in taken or x._is_view() else x.contiguous())
         taken.add(place)
     return owned
 

@@ -18,6 +18,7 @@ from korder.spi import (
     ExactKernel,
     Folded,
     KernelOutput,
+    Layout,
     OperandGradients,
     Operands,
     OutputGradients,
@@ -39,7 +40,7 @@ class NumpyExactKernel(ExactKernel):
 
     in_place = True
 
-    def arithmetic(self) -> TileArithmetic:
+    def arithmetic(self, layout: Layout) -> TileArithmetic:
         """Return arithmetic with fresh buffers."""
         return NumpyTileArithmetic(self.xp)
 

@@ -7,6 +7,7 @@ the number range, which leaves no other pass over the scores.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import inf, prod
 from typing import Any
 
@@ -18,6 +19,7 @@ from korder.spi import (
     ExactKernel,
     Folded,
     KernelOutput,
+    Layout,
     OperandGradients,
     Operands,
     OutputGradients,
@@ -34,21 +36,34 @@ from korder_torch.products import batched_product
 
 TILE_SCORES = 2**21
 """Scores in a tile: enough work to hide what calling a few tensor operations costs, and still inside a cache."""
-LEAST, MOST = 2.0**-40, 2.0**40
+LEAST, MOST = 1.0, 2.0**40
 """Row sums between which weights need no other reference than the one they have."""
+SMALL_VALUE = 1e-20
+"""Largest value of a head below which weights always have the largest score as reference: others might underflow."""
+
+
+@dataclass(frozen=True, slots=True)
+class TorchRowState(RowState):
+    """The running softmax, and whether a reference is anything but 0 or, before the first live score, -inf."""
+
+    moved: bool = False
 
 
 class TorchExactKernel(ExactKernel):
-    """The exact kernel with PyTorch's in-place arithmetic."""
+    """The exact kernel with PyTorch's in-place arithmetic.
+
+    Numerics:  weights are exp(score) while the row sums stay in [LEAST, MOST] and exp(score - largest) otherwise;
+        16-bit operands are widened to float32 first.
+    """
 
     in_place = True
 
     def __init__(self, xp: Any, plan: Plan) -> None:
         super().__init__(xp, plan, choose_tiling(plan.problem, TILE_SCORES))
 
-    def arithmetic(self) -> TileArithmetic:
+    def arithmetic(self, layout: Layout) -> TileArithmetic:
         """Return the arithmetic of one call."""
-        return TorchTileArithmetic(self.xp)
+        return TorchTileArithmetic(self.xp, careful=any(_has_small_head(value) for value in layout.values))
 
     def put(self, total: Tensor, ranges: Sequence[tuple[int, int]], part: Tensor) -> Tensor:
         """Write a block in place."""
@@ -74,7 +89,17 @@ class TorchExactKernel(ExactKernel):
 
 
 class TorchTileArithmetic(TileArithmetic):
-    """Tiles in place; a row's reference is 0 until its sums leave the middle of the number range."""
+    """Tiles in place; a row's reference is 0 until its sums leave the middle of the number range.
+
+    Args:
+        xp: The namespace.
+        careful: Whether fresh rows look for their largest score at once; it is on from the first time that the sums of
+            a fresh row fell outside, because then those of others will as well.
+    """
+
+    def __init__(self, xp: Any, *, careful: bool) -> None:
+        super().__init__(xp)
+        self.careful = careful
 
     def folded(self, query: Tensor, gate: Tensor | None, additive: Tensor | None) -> Folded:
         """Return the outer side in one layout of memory, so that strides change neither speed nor a bit."""
@@ -84,19 +109,29 @@ class TorchTileArithmetic(TileArithmetic):
         """Return the contracted side, likewise."""
         return Contracted(keys.contiguous(), values.contiguous(), additive)
 
+    def start(self, shape: tuple[int, ...], width: int, like: Tensor) -> RowState:
+        """Return the state of queries that have seen nothing."""
+        return TorchRowState(like.new_full(shape, -inf), like.new_zeros(shape), like.new_zeros((*shape, width)))
+
     def absorb(self, state: RowState, folded: Folded, contracted: Contracted, mask: TileMask | None) -> RowState:
-        """Add one more tile to the state, in place."""
+        """Add one more tile to the state."""
+        assert isinstance(state, TorchRowState)
         seen = state.reference != -inf
+        if self.careful and not bool(seen.all()):
+            return self._raised(state, folded, contracted, mask)
         shift = torch.where(seen, state.reference, 0.0)
-        total, weighted = self._sums(self._shifted(folded, contracted, mask, shift).exp_(), folded, contracted)
+        weights = self._shifted(folded, contracted, mask, shift if state.moved else None).exp_()
+        total, weighted = self._sums(weights, folded, contracted)
         total += state.total
         weighted += state.weighted
-        fits = (total < MOST) & (seen | (total > LEAST)) & weighted.isfinite().all(dim=-1)
+        fits = (total < MOST) & (seen | (total >= LEAST)) & weighted.isfinite().all(dim=-1)
         if bool(fits.all()):
-            return RowState(shift, total, weighted)
+            return TorchRowState(shift, total, weighted, state.moved)
+        self.careful = True
+        del weights, total, weighted
         return self._raised(state, folded, contracted, mask)
 
-    def _raised(self, state: RowState, folded: Folded, contracted: Contracted, mask: TileMask | None) -> RowState:
+    def _raised(self, state: TorchRowState, folded: Folded, contracted: Contracted, mask: TileMask | None) -> RowState:
         """Add one more tile, with the largest score so far as the reference."""
         scores = self._shifted(folded, contracted, mask, None)
         reference = torch.maximum(state.reference, scores.amax(dim=(-2, -1)))
@@ -104,12 +139,14 @@ class TorchTileArithmetic(TileArithmetic):
         scores -= shift[..., None, None]
         total, weighted = self._sums(scores.exp_(), folded, contracted)
         rescale = torch.exp(state.reference - shift)
-        return RowState(reference, total + state.total * rescale, weighted + state.weighted * rescale[..., None])
+        total += state.total * rescale
+        weighted += state.weighted * rescale[..., None]
+        return TorchRowState(reference, total, weighted, True)
 
     def _shifted(self, folded: Folded, contracted: Contracted, mask: TileMask | None, shift: Tensor | None) -> Tensor:
         """Return scores - shift (b, g, c, I, F, S) of a tile, -inf where not live."""
         extra = folded.additive
-        if shift is not None and (extra is not None or bool(shift.any())):
+        if shift is not None:
             extra = -shift[..., None] if extra is None else extra - shift[..., None]
         if mask is not None and mask.outer is not None:
             extra = torch.where(mask.outer, 0.0 if extra is None else extra, -inf)
@@ -157,6 +194,11 @@ class TorchTileArithmetic(TileArithmetic):
             outer_biases=score_gradient.sum(dim=-1) if wanted.outer_biases else None,
             inner_biases=score_gradient.sum(dim=-2) if wanted.inner_biases else None,
         )
+
+
+def _has_small_head(values: Tensor) -> bool:
+    largest = values.abs().amax(dim=(-2, -1)) if values.numel() else values.new_zeros(())
+    return bool(((largest > 0.0) & (largest < SMALL_VALUE)).any())
 
 
 def _rows(x: Tensor) -> Tensor:

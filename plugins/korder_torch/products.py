@@ -31,8 +31,12 @@ def batched_product(left: Tensor, right: Tensor) -> Tensor:
     s = right.shape[-1]
     if _linear(left) is None or (b * g != 1 and p * q * s < ONE_PRODUCT):
         return left @ right
-    parts = [product(x, y) for x, y in zip(left.flatten(0, 1), right.flatten(0, 1), strict=True)]
-    return (torch.stack(parts) if len(parts) != 1 else parts[0]).reshape(b, g, p, s)
+    if b * g == 1:
+        return product(left[0, 0], right[0, 0]).reshape(1, 1, p, s)
+    out = left.new_empty((b, g, p, s))
+    for place, x, y in zip(out.flatten(0, 1), left.flatten(0, 1), right.flatten(0, 1), strict=True):
+        place.copy_(product(x, y))
+    return out
 
 
 def _dense(x: Tensor) -> bool:
