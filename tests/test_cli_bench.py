@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from korder.experiments import benchmark_plugins
+from korder.experiments.benchmark_cases import Disagreement
+from korder.experiments.benchmark_figures import Settings
 from tests.command_line import assert_refused, call, write
 
 
@@ -112,3 +115,28 @@ def test_a_backend_without_rows_of_its_own_has_the_generic_ones(monkeypatch: pyt
     )
     assert [row["name"] for row in plain["rows"]] == [row["name"] for row in named["rows"]]
     assert "exact-against-torch" in [row["name"] for row in named["rows"]]
+
+
+def test_bench_measures_what_plugins_add() -> None:
+    row = benchmark_plugins.plugins(Settings(quick=True, repeats=1, backend="auto"))
+    assert row.text.endswith(" ms")
+    assert row.target == "<= 20 ms"
+    assert row.met in (True, False)
+    assert row.values["collection_seconds_with"] > 0
+    assert row.values["attend_seconds_without"] > row.values["collection_seconds_without"]
+
+
+@pytest.mark.parametrize(
+    ("change", "finding"),
+    [
+        (('probe_{number}"}})', 'numpy"}})'), "asked for availability, unsupported_reasons"),
+        (("import Availability", "import Nothing, Availability"), "0 of 5 plugins were loaded"),
+    ],
+)
+def test_bench_gives_no_figure_of_plugins_that_are_asked_or_broken(
+    change: tuple[str, str], finding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = benchmark_plugins._PLUGIN.replace("super().unsupported_reasons(plan)", "('never',)").replace(*change)
+    monkeypatch.setattr(benchmark_plugins, "_PLUGIN", source)
+    with pytest.raises(Disagreement, match=finding):
+        benchmark_plugins.plugins(Settings(quick=True, repeats=1, backend="auto"))

@@ -39,6 +39,7 @@ from korder.experiments.benchmark_figures import (
     time_text,
 )
 from korder.experiments.benchmark_memory import RETURNS_MEMORY
+from korder.experiments.benchmark_plugins import plugins
 from korder.spec import AttentionSpec, Exact, Polynomial
 
 EXACT_ORDER_2 = AttentionSpec(order=2)
@@ -286,5 +287,6 @@ ROWS: dict[str, Callable[[Settings], Measured]] = {
     "polynomial-slope": polynomial_slope,
     "polynomial-backward": polynomial_backward,
     "import-time": import_time,
+    "plugins": plugins,
     "overhead": overhead,
 }

@@ -375,5 +375,6 @@ _OWN: dict[str, Callable[[Settings], Measured]] = {
     "exact-forward": exact_forward,
     "overhead": overhead,
 }
-_SHARED = {name: row for name, row in benchmark_rows.ROWS.items() if name not in (*_OWN, "exact-against-torch")}
+_NOT_HERE = ("exact-against-torch", "plugins")
+_SHARED = {name: row for name, row in benchmark_rows.ROWS.items() if name not in (*_OWN, *_NOT_HERE)}
 ROWS = {name: _on_all_cores(row) for name, row in (_OWN | _SHARED).items()}
