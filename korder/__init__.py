@@ -96,9 +96,15 @@ __all__ = [
 ]
 
 
+_SUBMODULES = frozenset({"conformance", "jax", "spec", "spi", "torch"})
+"""Reached as attributes without an import of their own; those of a framework import it then and not before."""
+
+
 def __getattr__(name: str) -> Any:
     import importlib
 
+    if name in _SUBMODULES:
+        return importlib.import_module(f"korder.{name}")  # which sets the attribute
     home = _HOME.get(name)
     if home is None:
         raise AttributeError(f"module 'korder' has no attribute {name!r}")

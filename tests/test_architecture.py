@@ -148,6 +148,13 @@ def test_every_public_name_resolves_and_none_is_a_submodule() -> None:
         assert name not in submodules
 
 
+@pytest.mark.parametrize("name", ["conformance", "spec", "spi", "torch"])
+def test_parts_are_attributes_that_load_on_first_use(name: str) -> None:
+    code = f"import sys, korder; assert 'korder.{name}' not in sys.modules; print(korder.{name}.__name__)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == f"korder.{name}\n"
+
+
 def test_type_checkers_see_the_names_that_load_lazily() -> None:
     tree = ast.parse((ROOT / "korder" / "__init__.py").read_text())
     seen = {
