@@ -62,7 +62,9 @@ class Case:
             key_masks=[None if mask is None else mask.shape for mask in self.key_masks],
             dtype=dtype,
         )[0]
-        if small and plan.tiling is not None:
+        if small and plan.polynomial is not None:
+            plan = replace(plan, polynomial=replace(plan.polynomial, chunk=4))
+        elif small and plan.tiling is not None:
             outer = (2,) * len(plan.tiling.folded)
             tiling = replace(plan.tiling, queries=4, folded=outer, keys=3, heads=1, looped=(0,))
             plan = replace(plan, tiling=tiling)
@@ -165,7 +167,7 @@ def random_case(
 def dense(case: Case, variables: tuple[Any, ...], exp: Any = jnp.exp) -> tuple[Array, Array]:
     """Return output and lse of these variables; zeros and -inf for a query with nothing to attend to.
 
-    `exp` stands for a polynomial about the score zero, if it is another.
+    `exp` stands for what takes the place of exp on scores; biases are then factors of their own.
     """
     query, keys, values, biases, weight = variables
     order, share = len(keys), query.shape[1] // keys[0].shape[1]
@@ -180,18 +182,20 @@ def dense(case: Case, variables: tuple[Any, ...], exp: Any = jnp.exp) -> tuple[A
         sides = ["bhil", f"l{columns}", *(f"bh{m}{c}" for m, c in zip(modes, columns, strict=True))]
         scores = jnp.einsum(",".join(sides) + f"->bhi{modes}", query, weight, *keys)
     scores = scores * case.spec.score_factor(case.query.shape[-1])
-    live = jnp.asarray(case.live())[None, None]
+    live, factor = jnp.asarray(case.live())[None, None], jnp.ones(())
     for t in range(order):
         axes = tuple(3 + s for s in range(order) if s != t)
-        if biases[t] is not None:
+        if biases[t] is not None and exp is jnp.exp:
             scores = scores + jnp.expand_dims(biases[t], axes)
+        elif biases[t] is not None:
+            factor = factor * jnp.exp(jnp.expand_dims(biases[t], axes))
         if case.key_masks[t] is not None:
             live = live & jnp.expand_dims(jnp.repeat(case.key_masks[t], share, axis=1)[:, :, None], axes)
     tuples = tuple(range(3, 3 + order))
     live = jnp.broadcast_to(live, scores.shape)
     top = jax.lax.stop_gradient(jnp.max(jnp.where(live, scores, -jnp.inf), axis=tuples, keepdims=True))
     top = jnp.where(jnp.isfinite(top), top, 0.0) if exp is jnp.exp else jnp.zeros_like(top)
-    weights = jnp.where(live, exp(jnp.where(live, scores - top, 0.0)), 0.0)
+    weights = jnp.where(live, exp(jnp.where(live, scores - top, 0.0)) * factor, 0.0)
     total = jnp.sum(weights, axis=tuples)
     empty = ~jnp.any(live, axis=tuples)
     safe = jnp.where(empty, 1.0, total)

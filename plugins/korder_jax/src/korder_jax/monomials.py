@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from korder_jax.arrays import filled
+
 Array = Any
 Starts = tuple[tuple[int, ...], ...]
 """Per degree m the position of the first monomial of each first variable, then the number of monomials of degree m."""
@@ -40,7 +42,7 @@ def _products(columns: Array, parents: Array, places: Array, count: int) -> Arra
         column, place = step
         return lax.dynamic_update_slice_in_dim(block, column[None, :] * parents, place, 0), None
 
-    empty = jnp.zeros((count, columns.shape[1]), columns.dtype)
+    empty = filled((count, columns.shape[1]), 0.0, columns)
     return lax.scan(put, empty, (columns, places), reverse=True)[0]
 
 

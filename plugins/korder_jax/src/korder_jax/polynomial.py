@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from korder.spi import KernelOutput, OperandGradients, Operands, OutputGradients, Plan, PolynomialKernel
-from korder_jax.arrays import HIGHEST, block_count, block_start, joined, part
+from korder_jax.arrays import HIGHEST, as_varying, block_count, block_start, joined, part
 from korder_jax.layout import Variables, masks_of, variables_of, wanted
 from korder_jax.monomials import monomials, multiplicities
 from korder_jax.planes import Plane, PlaneLayout, Prefixes, Projections, Statistics, column_scales, mean_centre
@@ -269,8 +269,8 @@ class JaxPolynomialKernel(PolynomialKernel):
             return (total[0] + found[0], total[1] + found[1]), None
 
         shape = (self.table.features, self.problem.value_width + 1)
-        zeros = (jnp.zeros(shape, jnp.float64), jnp.zeros((shape[0], 1), jnp.float64))
-        state, absolute = lax.scan(add, zeros, jnp.arange(block_count(length, size)))[0]
+        zeros = as_varying(jnp.zeros(shape, jnp.float64), plane.keys[mode])
+        state, absolute = lax.scan(add, (zeros, zeros[:, -1:]), jnp.arange(block_count(length, size)))[0]
         return state, absolute
 
     def _table(self, states: list[tuple[Array, Array]], scales: Array) -> Table:

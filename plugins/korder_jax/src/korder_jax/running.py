@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from korder_jax.arrays import HIGHEST, block_count
+from korder_jax.arrays import HIGHEST, as_varying, block_count
 from korder_jax.planes import Plane, Projections
 from korder_jax.polynomial import summed, with_weights
 from korder_jax.positions import Bounds
@@ -99,7 +99,7 @@ class CausalRows:
         carries = []
         for mode, length in enumerate(self.lengths):
             size, shift = min(self.kernel.sum_block, length), self.shifts[mode]
-            zeros = jnp.zeros((self.weights.shape[0], channels), jnp.float64)
+            zeros = as_varying(jnp.zeros((self.weights.shape[0], channels), jnp.float64), self.plane.keys[mode])
 
             def add(
                 carry: tuple[Array, Array], number: Array, mode: int = mode, size: int = size, shift: Array = shift
