@@ -17,6 +17,8 @@ from korder.spi import NEEDS, Backend, Kernel, KernelOutput, OperandGradients, O
 
 Array = Any
 ROWS = ("output", "lse", "normaliser", "moments", "magnitude")
+REMEMBERED = 1024
+"""Results kept: above the cases of the full level of one check, since checks run one after the other."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,7 +127,7 @@ class Subject:
         """Return what `make` returned for this case before; a few checks look at the same result."""
         key = (what, case.name)
         if key not in self.kept:
-            if len(self.kept) > 64:
+            if len(self.kept) >= REMEMBERED:
                 self.kept.clear()
             self.kept[key] = make()
         return self.kept[key]
