@@ -21,7 +21,7 @@ _POLYNOMIAL = replace(_EXACT, name="polynomial", masks=frozenset({"full", "causa
 
 
 class JaxBackend(Backend):
-    """JAX on the CPU; 16-bit operands are computed in float32."""
+    """JAX on whatever devices XLA has here; run on the CPU only. 16-bit operands are computed in float32."""
 
     name: ClassVar[str] = "jax"
     api_version: ClassVar[int] = API_VERSION
@@ -33,12 +33,12 @@ class JaxBackend(Backend):
         return Availability.of_packages("jax", "jaxlib", remedy="pip install jax")
 
     def capabilities(self) -> Capabilities:
-        """Return what the kernels can do; float64 operands only while JAX has such arrays."""
+        """Return what the kernels can do, where XLA has devices; float64 operands only while JAX has such arrays."""
         dtypes = {"float16", "bfloat16", "float32"} | ({"float64"} if has_float64() else set())
         return Capabilities(
             orders=frozenset(range(1, 7)),
             dtypes=frozenset(dtypes),
-            devices=frozenset({"cpu"}),
+            devices=platforms(),
             methods=(_EXACT, _POLYNOMIAL),
             grouped_heads=True,
             accumulation=frozenset({"float32", "float64"}),
@@ -71,3 +71,10 @@ def has_float64() -> bool:
     if jax is None:
         return os.environ.get("JAX_ENABLE_X64", "").lower() in ("1", "true", "yes", "on", "y", "t")
     return bool(jax.config.jax_enable_x64)
+
+
+def platforms() -> frozenset[str]:
+    """Return the CPU and where else XLA has devices, "gpu" or "tpu"; the CPU alone while jax is not imported."""
+    jax = sys.modules.get("jax")
+    found = [] if jax is None else jax.devices()
+    return frozenset({"cpu", *(device.platform for device in found)})
