@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ import pytest
 from korder.conformance import parametrize_with_checks, report_text, run_conformance
 from korder.conformance.levels import CHECKS
 from korder.dispatch.registry import default_registry
-from korder.spi import NamespaceBackend
+from korder.spi import Capabilities, NamespaceBackend
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "backends" / "conformance.md"
 
@@ -45,6 +46,17 @@ def test_strict_namespace_passes_the_core_level() -> None:
     counts = report.counts()["core"]
     assert counts["passed"] > 15
     assert counts["unverified"] == 1  # it comes from no entry point
+
+
+@pytest.mark.parametrize("check", ["gradient.lse", "gradient.operands", "polynomial.output", "polynomial.gradient"])
+def test_strict_namespace_runs_both_methods_forward_and_backward(check: str) -> None:
+    class Narrow(StrictBackend):
+        def capabilities(self) -> Capabilities:
+            return replace(super().capabilities(), orders=frozenset({2}), dtypes=frozenset({"float64"}))
+
+    report = run_conformance(Narrow(), only=check)
+    assert not report.failed, report_text(report)
+    assert report.counts()["claimed"]["passed"] >= 2
 
 
 @pytest.mark.heavy
