@@ -24,6 +24,8 @@ DEGREES = {1: 5, 2: 4, 3: 2}
 _WIDTHS = ("float64", "float32", "bfloat16", "float16")
 _FEW_HEADS: dict[str, Any] = {"heads": 2, "queries": 7}
 _SMALL: dict[str, Any] = {"query_width": 2, "value_width": 3, "queries": 11}
+_SMALLER: dict[str, Any] = {"heads": 2, "queries": 6}
+"""For high orders in every combination: a score tensor of order 6 is 420 tuples for each row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +183,8 @@ def combinations(claims: Claims, method: str) -> Iterable[Case]:
             for mask in claims.masks(method):
                 for number, (label, options) in enumerate(variants(claims, method).items()):
                     offsets = shifted(mask, query_offset=4, key_offsets=KEY_OFFSETS) if number % 2 else {}
-                    extra = {"small_blocks": number % 3 == order % 3, **offsets, **options}
+                    size = _SMALLER if order > len(CORE_ORDERS) else {}
+                    extra = {"small_blocks": number % 3 == order % 3, **size, **offsets, **options}
                     yield claims.case(f"{label} combined", order, method=method, mask=mask, dtype=dtype, **extra)
 
 
