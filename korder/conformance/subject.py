@@ -34,10 +34,6 @@ class Found:
     magnitude: Array = None
 
 
-KEPT = 512
-"""Results kept for the checks that look at the same ones: the cases of a full run, whose arrays are small."""
-
-
 class Subject:
     """A backend with what it claims, on one array kind and device.
 
