@@ -105,6 +105,57 @@ def test_products_of_any_strides(shapes: Any) -> None:
             torch.testing.assert_close(found, left @ right, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("processor", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("sharpness", [1.0, 60.0])
+@pytest.mark.parametrize("mask", [korder.Full(), Causal(), Window(sizes=(11, 23))], ids=lambda mask: mask.kind)
+def test_fused_tiles_join_those_of_our_own_products(
+    mask: Any, sharpness: float, processor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small tiles, so that some are whole and go to the fused kernel, while others are cut by the mask."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
+    monkeypatch.setattr(exact, "TILE_SCORES", 2**9)
+    monkeypatch.setattr(default_registry(), "prepared", type(default_registry().prepared)(8))
+    fused: list[int] = []
+    attended = exact.TorchTileArithmetic._attended
+    monkeypatch.setattr(
+        exact.TorchTileArithmetic, "_attended", lambda self, *rest: (fused.append(1), attended(self, *rest))[1]
+    )
+    generator = torch.Generator().manual_seed(5)
+    n, m = (29, 31) if mask.kind == "full" else (31, 31)
+    given = [torch.randn(2, h, rows, 6, generator=generator) for h, rows in ((4, n), (2, m), (2, 31), (2, m), (2, 31))]
+    given[0] *= sharpness
+    spec = AttentionSpec(order=2, mask=mask)
+    cotangent = torch.randn(given[0].shape, generator=generator)
+
+    def both(tensors: list[Any]) -> list[Any]:
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        output = korder.attend(leaves[0], leaves[1:3], leaves[3:], spec=spec)
+        gradients = torch.autograd.grad((output * cotangent.to(output.dtype)).sum(), leaves)
+        return [x.detach().double().numpy() for x in (output, *gradients)]
+
+    found, expected = both(given), both([x.double() for x in given])
+    plain = dense([x.double() for x in given], mask)
+    np.testing.assert_allclose(expected[0], plain, rtol=1e-10, atol=1e-12)
+    assert_within_ratio(found[0].astype("float32"), dense(given, mask), plain, dtype="float32")
+    assert bool(fused) == (processor == "AVX2")
+    for got, wanted in zip(found[1:], expected[1:], strict=True):
+        np.testing.assert_allclose(got, wanted, atol=2e-6 * (1.0 + 40.0 * sharpness) * np.abs(wanted).max())
+
+
+def dense(tensors: list[Any], mask: Any) -> Any:
+    """Order 2 by its definition in the dtype of the tensors, two query heads to a key head."""
+    q, k1, k2, v1, v2 = (x if x.shape[1] == 4 else x.repeat_interleave(2, dim=1) for x in tensors)
+    scores = torch.einsum("bhid,bhjd,bhkd->bhijk", q * q.shape[-1] ** -0.5, k1, k2)
+    i, j, k = (torch.arange(size) for size in scores.shape[2:])
+    sizes = getattr(mask, "sizes", (1000, 1000))
+    for x, size in ((j[None, :, None], sizes[0]), (k[None, None, :], sizes[1])):
+        if mask.kind != "full":
+            rows = i[:, None, None]
+            scores = scores.masked_fill(~((x <= rows) & (x > rows - size)), -torch.inf)
+    weights = torch.softmax(scores.flatten(3), dim=-1).view_as(scores)
+    return torch.einsum("bhijk,bhje,bhke->bhie", weights, v1, v2).numpy()
+
+
 @pytest.mark.parametrize("method", [korder.Exact(), Polynomial(degree=2)], ids=lambda method: method.kind)
 def test_without_onednn_the_answer_is_the_same(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k1, k2, v1, v2 = (x.requires_grad_() for x in tensors(37))

@@ -53,7 +53,8 @@ class TorchExactKernel(ExactKernel):
     """The exact kernel with PyTorch's in-place arithmetic.
 
     Numerics:  weights are exp(score) while the row sums stay in [LEAST, MOST] and exp(score - largest) otherwise;
-        16-bit operands are widened to float32 first.
+        16-bit operands are widened to float32 first. Where PyTorch's fused attention is faster, tiles without a bias
+        are its, joined by their lse (decision 009).
     """
 
     in_place = True
@@ -63,7 +64,8 @@ class TorchExactKernel(ExactKernel):
 
     def arithmetic(self, layout: Layout) -> TileArithmetic:
         """Return the arithmetic of one call."""
-        return TorchTileArithmetic(self.xp, careful=any(_has_small_head(value) for value in layout.values))
+        careful = any(_has_small_head(value) for value in layout.values)
+        return TorchTileArithmetic(self.xp, careful=careful, fused=fused_attention(layout.query))
 
     def put(self, total: Tensor, ranges: Sequence[tuple[int, int]], part: Tensor) -> Tensor:
         """Write a block in place."""
@@ -95,11 +97,13 @@ class TorchTileArithmetic(TileArithmetic):
         xp: The namespace.
         careful: Whether fresh rows look for their largest score at once; it is on from the first time that the sums of
             a fresh row fell outside, because then those of others will as well.
+        fused: The fused attention of PyTorch, for tiles in which every tuple is live and has no bias; or None.
     """
 
-    def __init__(self, xp: Any, *, careful: bool) -> None:
+    def __init__(self, xp: Any, *, careful: bool, fused: Any = None) -> None:
         super().__init__(xp)
         self.careful = careful
+        self.fused = fused
 
     def folded(self, query: Tensor, gate: Tensor | None, additive: Tensor | None) -> Folded:
         """Return the outer side in one layout of memory, so that strides change neither speed nor a bit."""
@@ -116,6 +120,8 @@ class TorchTileArithmetic(TileArithmetic):
     def absorb(self, state: RowState, folded: Folded, contracted: Contracted, mask: TileMask | None) -> RowState:
         """Add one more tile to the state."""
         assert isinstance(state, TorchRowState)
+        if self.fused is not None and _is_plain(folded, contracted, mask):
+            return self._attended(state, folded, contracted, mask)
         seen = state.reference != -inf
         if self.careful and not bool(seen.all()):
             return self._raised(state, folded, contracted, mask)
@@ -138,6 +144,33 @@ class TorchTileArithmetic(TileArithmetic):
         shift = torch.where(reference == -inf, 0.0, reference)
         scores -= shift[..., None, None]
         total, weighted = self._sums(scores.exp_(), folded, contracted)
+        rescale = torch.exp(state.reference - shift)
+        total += state.total * rescale
+        weighted += state.weighted * rescale[..., None]
+        return TorchRowState(reference, total, weighted, True)
+
+    def _attended(
+        self, state: TorchRowState, folded: Folded, contracted: Contracted, mask: TileMask | None
+    ) -> RowState:
+        """Add one more tile by fused attention, each tuple of outer keys a head; lse tells how much each counts."""
+        b, g, c, i, f, _ = folded.query.shape
+        query = folded.query.transpose(3, 4).reshape(b * g, c * f, i, -1)
+        sides = (x.flatten(0, 1)[:, None].expand(-1, c * f, -1, -1) for x in (contracted.keys, contracted.values))
+        live = _inner_live(mask)
+        closed = None if live is None else query.new_zeros(()).where(live, -inf).expand(i, -1)[None, None]
+        output, lse = self.fused(query, *sides, attn_mask=closed, scale=1.0)
+        output, lse = output.reshape(b, g, c, f, i, -1), lse.reshape(b, g, c, f, i)
+        if live is not None:  # the kernel says 0 of rows in which nothing is live
+            lse = torch.where(live.any(dim=-1), lse, -inf)
+        if mask is not None and mask.outer is not None:
+            lse = torch.where(mask.outer.mT, lse, -inf)
+        reference = torch.maximum(state.reference, lse.amax(dim=-2))
+        shift = torch.where(reference == -inf, 0.0, reference)
+        share = torch.exp(lse - shift[..., None, :])
+        total = share.sum(dim=-2)
+        if folded.gate is not None:
+            output = output * folded.gate[:, :, None, :, None]
+        weighted = (output * share[..., None]).sum(dim=3)
         rescale = torch.exp(state.reference - shift)
         total += state.total * rescale
         weighted += state.weighted * rescale[..., None]
@@ -194,6 +227,36 @@ class TorchTileArithmetic(TileArithmetic):
             outer_biases=score_gradient.sum(dim=-1) if wanted.outer_biases else None,
             inner_biases=score_gradient.sum(dim=-2) if wanted.inner_biases else None,
         )
+
+
+def fused_attention(query: Tensor) -> Any:
+    """Return PyTorch's fused attention with lse where it is faster than products of our own, else None.
+
+    With AVX-512 oneDNN's products are (decision 007); below it the fused kernel is.
+    """
+    if query.device.type != "cpu" or query.dtype is not torch.float32:
+        return None
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        return None
+    return getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+
+def _is_plain(folded: Folded, contracted: Contracted, mask: TileMask | None) -> bool:
+    """Whether a tile is attention as the fused kernel knows it, with one mask for all tuples of outer keys."""
+    return (
+        folded.additive is None
+        and contracted.additive is None
+        and (mask is None or all(part.shape[-2] == 1 for part in mask.inner))
+        and contracted.keys.shape == contracted.values.shape
+        and 0 not in (*folded.query.shape, *contracted.keys.shape)
+    )
+
+
+def _inner_live(mask: TileMask | None) -> Tensor | None:
+    """Return which contracted keys each query may attend to, (I or 1, S), whatever the outer keys; None for all."""
+    if mask is None or not mask.inner:
+        return None
+    return torch.stack(torch.broadcast_tensors(*(part[:, 0, :] for part in mask.inner))).all(dim=0)
 
 
 def _has_small_head(values: Tensor) -> bool:
