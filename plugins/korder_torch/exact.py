@@ -97,7 +97,7 @@ class TorchTileArithmetic(TileArithmetic):
         xp: The namespace.
         careful: Whether fresh rows look for their largest score at once; it is on from the first time that the sums of
             a fresh row fell outside, because then those of others will as well.
-        fused: The fused attention of PyTorch, for tiles in which every tuple is live and has no bias; or None.
+        fused: The fused attention of PyTorch, for tiles without a bias (`_is_plain`); or None.
     """
 
     def __init__(self, xp: Any, *, careful: bool, fused: Any = None) -> None:
