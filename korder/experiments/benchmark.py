@@ -48,7 +48,7 @@ class BenchmarkReport:
 
 DISAGREES = "WRONG OUTPUT"
 Table = Mapping[str, Callable[[Settings], Measured]]
-TABLES: dict[str, Table] = {"torch": benchmark_torch.ROWS}
+TABLES: dict[str, Table] = {"torch": benchmark_torch.ROWS, "cuda": benchmark_torch.CUDA_ROWS}
 """The rows of the backends that have a table of their own; the others have the generic one."""
 
 

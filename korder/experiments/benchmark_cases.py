@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from array_api_compat import to_device
 
 from korder.dispatch.arrays import array_kind, dtype_name, namespace_of_kind
 from korder.dispatch.prepare import Prepared, prepare
@@ -74,20 +75,20 @@ def make_case(
     none = (None,) * spec.order
     operands = Operands(query, keys, values, none, none, key_offsets=(0,) * spec.order)
     shapes = Shapes(query.shape, tuple(key.shape for key in keys), tuple(value.shape for value in values))
-    problem = make_problem(spec, shapes, dtype)
-    kind = _kind_for(backend)
+    kind, device = _place_of(backend)
+    problem = make_problem(spec, shapes, dtype, device)
     prepared = prepare(default_registry(), problem, kind, backend)  # before a framework is imported that is not there
-    return Case(of_kind(operands, kind), prepared, _array_of_kind(draw(), kind))
+    place: Callable[[FloatArray], Any] = lambda array: _placed(array, kind, device)  # noqa: E731
+    return Case(with_arrays(operands, place), prepared, place(draw()))
 
 
-def _kind_for(backend: str) -> str:
-    kinds = {"numpy"} if backend == "auto" else default_registry().get(backend).array_kinds
-    return "numpy" if "numpy" in kinds else min(kinds)
-
-
-def of_kind(operands: Operands, kind: str) -> Operands:
-    """Return operands of NumPy arrays as arrays of another kind; query, keys and values."""
-    return with_arrays(operands, lambda array: _array_of_kind(array, kind))
+def _place_of(backend: str) -> tuple[str, str]:
+    """Return the array kind and the device of a backend's cases: NumPy's and the CPU where it takes them."""
+    if backend == "auto":
+        return "numpy", "cpu"
+    found = default_registry().get(backend)
+    kinds, devices = found.array_kinds, found.capabilities().devices
+    return "numpy" if "numpy" in kinds else min(kinds), "cpu" if "cpu" in devices else min(devices)
 
 
 def with_arrays(operands: Operands, change: Callable[[Any], Any]) -> Operands:
@@ -96,8 +97,11 @@ def with_arrays(operands: Operands, change: Callable[[Any], Any]) -> Operands:
     return replace(operands, query=change(operands.query), keys=keys, values=values)
 
 
-def _array_of_kind(array: FloatArray, kind: str) -> Any:
-    return array if kind == "numpy" else namespace_of_kind(kind).asarray(array)
+def _placed(array: FloatArray, kind: str, device: str) -> Any:
+    if kind == "numpy":
+        return array
+    made = namespace_of_kind(kind).asarray(array)
+    return made if device == "cpu" else to_device(made, device)
 
 
 def as_numpy(array: Any) -> FloatArray:

@@ -51,9 +51,18 @@ def median_seconds(repeats: int, *works: Callable[[], object]) -> list[float]:
 
 
 def _seconds(work: Callable[[], object]) -> float:
+    _settle()
     start = time.perf_counter()
     work()
+    _settle()
     return time.perf_counter() - start
+
+
+def _settle() -> None:
+    """Wait for what a GPU still has to do; its calls return before their work is done."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def numpy_product() -> Callable[[], object]:

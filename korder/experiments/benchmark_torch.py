@@ -1,6 +1,7 @@
-"""The rows of `korder bench --backend torch`: against what a PyTorch user would write instead, on all cores.
+"""The rows of `korder bench --backend torch`, and `cuda`: against what a PyTorch user would write, on all cores.
 
-Counting convention as in `benchmark_rows`. The ceiling is `torch.mm` of 2048^3 in float32; NumPy's stands beside it.
+Counting convention as in `benchmark_rows`. The ceiling is `torch.mm` of 2048^3 in float32 on the backend's device;
+NumPy's stands beside it. Targets were set for the CPU; on a GPU they are the same ratios.
 """
 
 from __future__ import annotations
@@ -58,10 +59,11 @@ def _torch() -> Any:
     return import_module("torch")
 
 
-def _torch_product() -> Callable[[], object]:
-    """Return torch's matrix product of CEILING_FLOPS, to be timed."""
-    torch = _torch()
-    left, right = (torch.from_numpy(x) for x in np.random.default_rng(0).random((2, CEILING_SIZE, CEILING_SIZE), "f4"))
+def _torch_product(case: Case) -> Callable[[], object]:
+    """Return torch's matrix product of CEILING_FLOPS, on the device of a case, to be timed."""
+    torch, device = _torch(), case.operands.query.device
+    factors = np.random.default_rng(0).random((2, CEILING_SIZE, CEILING_SIZE), "f4")
+    left, right = (torch.from_numpy(x).to(device) for x in factors)
     out = torch.empty_like(left)
     return lambda: torch.mm(left, right, out=out)
 
@@ -102,7 +104,7 @@ def sdpa_forward(settings: Settings) -> Measured:
         rates = f"{case.flops / ours / 1e9:.0f} against {case.flops / theirs / 1e9:.0f} GF/s"
         parts.append(f"n = {n}: {time_text(ours)} here, {time_text(theirs)} torch, {rates}")
         values |= {f"ratio_{n}": theirs / ours, f"seconds_{n}": ours, f"torch_seconds_{n}": theirs}
-    of_torch = median_seconds(settings.repeats, _torch_product())[0]
+    of_torch = median_seconds(settings.repeats, _torch_product(case))[0]
     ceilings, rates_of_products = _ceilings(of_torch, _seconds_of_numpy(settings))
     return Measured(
         _ratios_text(ratios),
@@ -130,7 +132,7 @@ def exact_forward(settings: Settings) -> Measured:
 
 
 def _against_product(case: Case, settings: Settings, target: float, error: float) -> Measured:
-    seconds, of_torch = median_seconds(settings.repeats, case.forward, _torch_product())
+    seconds, of_torch = median_seconds(settings.repeats, case.forward, _torch_product(case))
     ceilings, rates_of_products = _ceilings(of_torch, _seconds_of_numpy(settings))
     rate = case.flops / seconds
     fraction = rate * of_torch / CEILING_FLOPS
@@ -157,8 +159,19 @@ def print_growth(which: str, n: str, backend: str) -> None:
     attend: Attend = _through_api(case, backend) if which == "ours" else _materialised
     call: Callable[[Case], Any] = lambda c: attend(c.operands.query, c.operands.keys, c.operands.values)  # noqa: E731
     call(small)
-    output, growth = with_growth(lambda: call(case))
+    measure = _with_cuda_growth if case.operands.query.is_cuda else with_growth
+    output, growth = measure(lambda: call(case))
     print(json.dumps([growth, as_numpy(output).ravel()[:: int(n) + 1].tolist()]))
+
+
+def _with_cuda_growth(work: Callable[[], Any]) -> tuple[Any, int]:
+    """Return what `work` returns, and the bytes by which its tensors on the GPU peaked above those before."""
+    cuda = _torch().cuda
+    cuda.reset_peak_memory_stats()
+    before = cuda.memory_allocated()
+    result = work()
+    cuda.synchronize()
+    return result, cuda.max_memory_allocated() - before
 
 
 def sdpa_memory(settings: Settings) -> Measured:
@@ -378,3 +391,5 @@ _OWN: dict[str, Callable[[Settings], Measured]] = {
 _NOT_HERE = ("exact-against-torch", "plugins")
 _SHARED = {name: row for name, row in benchmark_rows.ROWS.items() if name not in (*_OWN, *_NOT_HERE)}
 ROWS = {name: _on_all_cores(row) for name, row in (_OWN | _SHARED).items()}
+_OF_THE_PROCESS = ("exact-memory", "import-time")
+CUDA_ROWS = {name: row for name, row in ROWS.items() if name not in _OF_THE_PROCESS}

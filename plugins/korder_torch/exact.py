@@ -36,6 +36,8 @@ from korder_torch.products import batched_product
 
 TILE_SCORES = 2**21
 """Scores in a tile: enough work to hide what calling a few tensor operations costs, and still inside a cache."""
+TILE_SCORES_ON_GPU = 2**24
+"""The same where calls are dear and what is inside no cache is still near."""
 LEAST, MOST = 1.0, 2.0**40
 """Row sums between which weights need no other reference than the one they have."""
 SMALL_VALUE = 1e-20
@@ -60,7 +62,8 @@ class TorchExactKernel(ExactKernel):
     in_place = True
 
     def __init__(self, xp: Any, plan: Plan) -> None:
-        super().__init__(xp, plan, choose_tiling(plan.problem, TILE_SCORES))
+        tile = TILE_SCORES if plan.problem.device == "cpu" else TILE_SCORES_ON_GPU
+        super().__init__(xp, plan, choose_tiling(plan.problem, tile))
 
     def arithmetic(self, layout: Layout) -> TileArithmetic:
         """Return the arithmetic of one call."""
