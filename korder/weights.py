@@ -7,6 +7,8 @@ from dataclasses import replace
 from numbers import Integral
 from typing import Any
 
+from array_api_compat import device
+
 from korder.dispatch.arrays import (
     Given,
     array_kind,
@@ -79,7 +81,7 @@ def _full_biases(xp: Any, problem: Problem, operands: Operands) -> tuple[Array, 
     for bias, length in zip(operands.biases, problem.lengths, strict=True):
         shape = (problem.batch, problem.heads, problem.queries, length)
         if bias is None:
-            bias = xp.zeros((1, 1, 1, 1), dtype=operands.query.dtype)
+            bias = xp.zeros((1, 1, 1, 1), dtype=operands.query.dtype, device=device(operands.query))
         full.append(xp.broadcast_to(bias, shape))
     return tuple(full)
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 
 from korder.conformance import parametrize_with_checks, report_text, run_conformance
@@ -46,6 +47,25 @@ def test_strict_namespace_passes_the_core_level() -> None:
     counts = report.counts()["core"]
     assert counts["passed"] > 15
     assert counts["unverified"] == 1  # it comes from no entry point
+
+
+def test_everything_stays_on_the_device_of_the_operands() -> None:
+    import array_api_strict as strict
+
+    class Narrow(StrictBackend):
+        def capabilities(self) -> Capabilities:
+            return replace(super().capabilities(), orders=frozenset({2}), dtypes=frozenset({"float64"}))
+
+    def to_array(x: Any, dtype: str, _: str) -> Any:
+        return strict.asarray(x, dtype=getattr(strict, dtype), device=strict.Device("device1"))
+
+    def from_array(x: Any) -> Any:
+        assert x.device == strict.Device("device1")
+        return np.asarray(x.to_device(strict.Device("CPU_DEVICE")))
+
+    for only in ("value.core", "edge.length_zero", "polynomial.output", "polynomial.certificate", "edge.nothing_live"):
+        report = run_conformance(Narrow(), only=only, to_array=to_array, from_array=from_array)
+        assert not report.failed, report_text(report)
 
 
 @pytest.mark.parametrize("check", ["gradient.lse", "gradient.operands", "polynomial.output", "polynomial.gradient"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from array_api_compat import device
+
 from korder.dispatch.arrays import namespace_of_kind
 from korder.dispatch.prepare import prepare
 from korder.dispatch.registry import Registry
@@ -24,13 +26,15 @@ def estimate(registry: Registry, request: Request, output: KernelOutput, count: 
     flat = xp.reshape(output.output, (-1, output.output.shape[-1]))
     rows = sampled_rows(request.problem, count)
     if not rows:
-        return xp.zeros((0, 2), dtype=xp.float64)
+        return xp.zeros((0, 2), dtype=xp.float64, device=device(flat))
     errors = [
         xp.max(xp.abs(xp.astype(flat[row, :], wide) - xp.astype(exact, wide)))
         for row, exact in zip(rows, exact_rows(registry, request, rows), strict=True)
     ]
     # float64 holds every position; float32 does not beyond 2^24 rows
-    return xp.stack([xp.asarray(rows, dtype=xp.float64), xp.astype(xp.stack(errors), xp.float64)], axis=-1)
+    return xp.stack(
+        [xp.asarray(rows, dtype=xp.float64, device=device(flat)), xp.astype(xp.stack(errors), xp.float64)], axis=-1
+    )
 
 
 def sampled_rows(problem: Problem, count: int) -> tuple[int, ...]:

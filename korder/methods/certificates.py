@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from array_api_compat import device
 
 from korder.methods.approximation import UNIT64, RowFacts, moment_bound, sup_bound
 from korder.methods.factors import SMALLEST_WEIGHT, Plane, assemble, planes
@@ -131,11 +132,11 @@ def _row_maxima(xp: Any, problem: Problem, operands: Operands) -> Array:
     for plane in planes(xp, problem, operands):
         known = [key.bias_maximum for key in plane.keys if key.bias_maximum is not None]
         for head in plane.heads:
-            total = xp.zeros((problem.queries,), dtype=xp.float64)
+            total = xp.zeros((problem.queries,), dtype=xp.float64, device=device(operands.query))
             for maximum in known:
                 total = total + maximum
             pieces[plane.batch, head] = [total]
-    return assemble(xp, pieces, problem)
+    return assemble(xp, pieces, problem, device(operands.query))
 
 
 def _relative_rounding(
@@ -165,7 +166,7 @@ def _underflow(
     """Return what monomials too small for the compute dtype may cost, relative to the sum of the polynomial."""
     centre, log_weights, mean = rows
     smallest = float(xp.finfo(getattr(xp, problem.accumulation)).smallest_normal)
-    reach = xp.zeros((), dtype=xp.float64)
+    reach = xp.zeros((), dtype=xp.float64, device=device(mean))
     for plane in planes(xp, problem, operands):
         peaks = 2.0 * xp.max(xp.stack([column_peaks(xp, query) for query in plane.queries], axis=0), axis=0)
         for key in plane.keys:
@@ -212,5 +213,5 @@ def _value_sizes(xp: Any, problem: Problem, operands: Operands, output: KernelOu
                 parts = (ranges, xp.max(largest, axis=0), xp.max(shown, axis=0))
                 for store, part in zip(pieces, parts, strict=True):
                     store.setdefault((plane.batch, head), []).append(part)
-    spread, sizes, largest = (assemble(xp, store, problem) for store in pieces)
+    spread, sizes, largest = (assemble(xp, store, problem, device(operands.query)) for store in pieces)
     return spread, sizes, largest

@@ -232,15 +232,16 @@ def assemble(
     xp: Any,
     pieces: dict[tuple[int, int], list[Array]],
     problem: Problem,
+    place: Any,
     empty: tuple[int, ...] = (),
     dtype: Any = None,
 ) -> Array:
     """Return (b, h, n, ..) from lists of row blocks (c, ..), one list per batch entry and head.
 
-    `empty` and `dtype` are the trailing shape and dtype (float64 when None) of a result without any row.
+    `place`, `empty` and `dtype` are the device, trailing shape and dtype (float64 when None) of a result without a row.
     """
     batch, heads = problem.batch, problem.heads
     if not pieces:
-        return xp.zeros((batch, heads, problem.queries, *empty), dtype=dtype or xp.float64)
+        return xp.zeros((batch, heads, problem.queries, *empty), dtype=dtype or xp.float64, device=place)
     rows = xp.concat([part for b in range(batch) for h in range(heads) for part in pieces[b, h]], axis=0)
     return xp.reshape(rows, (batch, heads, problem.queries, *rows.shape[1:]))

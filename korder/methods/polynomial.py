@@ -87,11 +87,12 @@ class PolynomialKernel:
             centre = row_centres(xp, problem, operands, self.polynomial.coefficients)
         live, log_weights = live_rows(xp, problem, operands, known.get("maxima"))
         progress = self._progress(operands)
+        place, degree = device(operands.query), self.polynomial.degree
         stores = (
-            self.collector((problem.value_width,), operands.query.dtype),
-            self.collector(),
-            self.collector((self.polynomial.degree + 1,)),
-            self.collector(),
+            self.collector(place, (problem.value_width,), operands.query.dtype),
+            self.collector(place),
+            self.collector(place, (degree + 1,)),
+            self.collector(place),
         )
         kept = Kept(save)
         for index, plane in enumerate(planes(xp, problem, operands, known.get("maxima"))):
@@ -133,7 +134,8 @@ class PolynomialKernel:
         """Return the output of a problem without a batch entry."""
         width, dtype = self.problem.value_width, operands.query.dtype
         shapes = (((width,), dtype), ((), None), ((self.polynomial.degree + 1,), None))
-        output, lse, moments = (self.collector(trailing, dtype).result() for trailing, dtype in shapes)
+        place = device(operands.query)
+        output, lse, moments = (self.collector(place, trailing, dtype).result() for trailing, dtype in shapes)
         return KernelOutput(output, lse, lse, moments, lse, {})
 
     def readings(
@@ -373,9 +375,9 @@ class PolynomialKernel:
             self._index[key] = tuple(self.xp.asarray(x.copy(), device=where) for x in make())
         return self._index[key]
 
-    def collector(self, trailing: tuple[int, ...] = (), dtype: Any = None) -> RowCollector:
-        """Return what gathers blocks of rows into (b, h, n, ..); float64 when no dtype is named."""
-        return RowCollector(self.xp, self.problem, trailing, dtype)
+    def collector(self, place: Any, trailing: tuple[int, ...] = (), dtype: Any = None) -> RowCollector:
+        """Return what gathers blocks of rows on a device into (b, h, n, ..); float64 when no dtype is named."""
+        return RowCollector(self.xp, self.problem, place, trailing, dtype)
 
     def running_state(self, features: Array, weighted: Array, carry: Array) -> Array:
         """Return carry (rho, e') + running sums over tokens of features (rho, c) by weighted (c, e'): (c, rho, e')."""

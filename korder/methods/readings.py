@@ -60,8 +60,10 @@ class Progress:
 class RowCollector:
     """Collects blocks of rows (c, ..) of every batch entry and head, in any order of heads, into (b, h, n, ..)."""
 
-    def __init__(self, xp: Any, problem: Problem, trailing: tuple[int, ...] = (), dtype: Any = None) -> None:
-        self.xp, self.problem, self.trailing, self.dtype = xp, problem, trailing, dtype
+    def __init__(
+        self, xp: Any, problem: Problem, place: Any, trailing: tuple[int, ...] = (), dtype: Any = None
+    ) -> None:
+        self.xp, self.problem, self.place, self.trailing, self.dtype = xp, problem, place, trailing, dtype
         self._pieces: dict[tuple[int, int], list[Array]] = {}
 
     def put(self, batch: int, head: int, start: int, rows: Array) -> None:
@@ -71,7 +73,7 @@ class RowCollector:
 
     def result(self) -> Array:
         """Return all rows."""
-        return assemble(self.xp, self._pieces, self.problem, self.trailing, self.dtype)
+        return assemble(self.xp, self._pieces, self.problem, self.place, self.trailing, self.dtype)
 
 
 @dataclass(slots=True)

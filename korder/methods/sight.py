@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from array_api_compat import device
+
 from korder.methods.factors import Plane, assemble, planes
 from korder.problem import Problem
 from korder.spi.operands import Operands
@@ -120,7 +122,8 @@ def live_rows(xp: Any, problem: Problem, operands: Operands, maxima: Array | Non
             for head in plane.heads:
                 lives.setdefault((plane.batch, head), []).append(xp.broadcast_to(live, (stop - start,)))
                 weights.setdefault((plane.batch, head), []).append(xp.broadcast_to(logarithm, (stop - start,)))
-    return assemble(xp, lives, problem, dtype=xp.bool), assemble(xp, weights, problem)
+    place = device(operands.query)
+    return assemble(xp, lives, problem, place, dtype=xp.bool), assemble(xp, weights, problem, place)
 
 
 def _counts(xp: Any, plane: Plane) -> Statistic:

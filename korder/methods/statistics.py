@@ -12,6 +12,7 @@ from math import ceil, floor, isfinite, log10
 from typing import Any
 
 import numpy as np
+from array_api_compat import device
 
 from korder.methods.factors import Factor, Plane, assemble, planes
 from korder.methods.readings import prod_arrays
@@ -96,7 +97,7 @@ def row_bounds(xp: Any, problem: Problem, operands: Operands) -> RowBounds:
                 parts = _bounds(xp, problem, query, (start, stop), extremes, scales)
                 for store, part in zip(pieces, parts, strict=True):
                     store.setdefault((plane.batch, head), []).append(part)
-    return RowBounds(*(assemble(xp, store, problem) for store in pieces))
+    return RowBounds(*(assemble(xp, store, problem, device(operands.query)) for store in pieces))
 
 
 def _bounds(
@@ -187,7 +188,7 @@ def row_centres(xp: Any, problem: Problem, operands: Operands, kind: str) -> Arr
                 columns = xp.astype(query.columns(xp, start, stop), xp.float64)
                 part = problem.scale * xp.sum(columns * mean, axis=0)
                 pieces.setdefault((plane.batch, head), []).append(part)
-    return assemble(xp, pieces, problem)
+    return assemble(xp, pieces, problem, device(operands.query))
 
 
 def _mean(xp: Any, totals: Array) -> Array:

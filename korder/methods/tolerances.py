@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from array_api_compat import device
 
 from korder.methods.statistics import product_range
 from korder.result import Certificate
@@ -94,7 +95,7 @@ def _head_values(xp: Any, operands: Operands) -> tuple[Array, Array]:
             spreads.append(xp.max(high - low))
             sizes.append(xp.max(xp.maximum(xp.abs(low), xp.abs(high))))
     if not spreads:
-        empty = xp.zeros((batch, heads), dtype=xp.float64)
+        empty = xp.zeros((batch, heads), dtype=xp.float64, device=device(operands.query))
         return empty, empty
     return xp.reshape(xp.stack(spreads), (batch, heads)), xp.reshape(xp.stack(sizes), (batch, heads))
 
@@ -103,7 +104,7 @@ def _mode_extremes(xp: Any, operands: Operands, mode: int, batch: int, head: int
     """Return the largest values and largest negatives over one mode's live keys: (2 e, 1) float64, -inf for none."""
     values = xp.astype(operands.values[mode][batch, group, ...], xp.float64)
     if values.shape[0] == 0:
-        return xp.full((2 * values.shape[1], 1), -float("inf"), dtype=xp.float64)
+        return xp.full((2 * values.shape[1], 1), -float("inf"), dtype=xp.float64, device=device(values))
     minus = xp.full_like(values[:1, :], -float("inf"))
     live = None
     mask = operands.key_masks[mode] if operands.key_masks else None

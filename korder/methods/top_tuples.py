@@ -63,7 +63,7 @@ class TopTuples(ExactKernel):
             if inner is not None:
                 mask = walk.mask(best.rows, block, keys)
                 scores = walk.arithmetic.scores(side.folded, inner.contracted, mask)
-                best.absorb(scores, _numbers(self.xp, walk.geometry, block, keys))
+                best.absorb(scores, _numbers(self.xp, walk.geometry, block, keys, device(scores)))
 
 
 class _Best:
@@ -127,16 +127,17 @@ def largest(xp: Any, x: Array, count: int) -> Array:
     return xp.argsort(x, axis=-1, descending=True)[..., :count]
 
 
-def _numbers(xp: Any, geometry: MaskGeometry, block: OuterBlock, keys: Range) -> Array:
+def _numbers(xp: Any, geometry: MaskGeometry, block: OuterBlock, keys: Range, place: Any) -> Array:
     """Number of every tuple of a tile in row-major order of all tuples, (F, S)."""
     lengths, contracted = geometry.lengths, geometry.contracted
     stride = [prod(lengths[t + 1 :]) for t in range(len(lengths))]
     outer = outer_modes(len(lengths), contracted)
-    numbers = xp.zeros((1,), dtype=xp.int64)
+    whole = {"dtype": xp.int64, "device": place}
+    numbers = xp.zeros((1,), **whole)
     for t, (start, stop) in zip(outer, block.ranges, strict=True):
-        part = xp.arange(start, stop, dtype=xp.int64) * stride[t]
+        part = xp.arange(start, stop, **whole) * stride[t]
         numbers = xp.reshape(numbers[:, None] + part[None, :], (-1,))
-    return numbers[:, None] + (xp.arange(*keys, dtype=xp.int64) * stride[contracted])[None, :]
+    return numbers[:, None] + (xp.arange(*keys, **whole) * stride[contracted])[None, :]
 
 
 def _indices(xp: Any, numbers: Array, lengths: tuple[int, ...]) -> Array:

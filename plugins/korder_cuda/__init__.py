@@ -1,4 +1,4 @@
-"""The CUDA backend: the PyTorch kernels for tensors on NVIDIA GPUs. Its authors have never run it on one."""
+"""The CUDA backend: the PyTorch kernels for tensors on NVIDIA GPUs."""
 
 from __future__ import annotations
 

@@ -10,8 +10,6 @@ from typing import ClassVar
 from korder.spi import Availability, Capabilities
 from korder_torch.backend import TorchBackend
 
-UNVERIFIED = "unverified: never run on a GPU by its authors"
-
 
 class CudaBackend(TorchBackend):
     """PyTorch on NVIDIA GPUs; 16-bit operands are computed in float32."""
@@ -23,14 +21,14 @@ class CudaBackend(TorchBackend):
         """Available if torch is installed and there is a GPU; torch is asked only where it is imported already."""
         installed = Availability.of_packages("torch", remedy="pip install 'korder[cuda]'")
         if not installed.available:
-            return Availability.no(f"{installed.reason}; {UNVERIFIED}", installed.remedy)
+            return installed
         torch = sys.modules.get("torch")
         if torch is not None and not torch.cuda.is_available():
             remedy = "install an NVIDIA driver and a CUDA build of torch"
-            return Availability.no(f"torch finds no CUDA device; {UNVERIFIED}", remedy)
+            return Availability.no("torch finds no CUDA device", remedy)
         if torch is None and find_library("cuda") is None and find_library("nvcuda") is None:
-            return Availability.no(f"no NVIDIA driver found; {UNVERIFIED}", "install an NVIDIA driver")
-        return Availability.yes(UNVERIFIED)
+            return Availability.no("no NVIDIA driver found", "install an NVIDIA driver")
+        return Availability.yes()
 
     def capabilities(self) -> Capabilities:
         """Return those of the PyTorch backend, on CUDA devices."""

@@ -120,7 +120,7 @@ class NumpyPolynomialKernel(PolynomialKernel):
         terms += carry
         return terms, total
 
-    def collector(self, trailing: tuple[int, ...] = (), dtype: Any = None) -> Any:
+    def collector(self, place: Any, trailing: tuple[int, ...] = (), dtype: Any = None) -> Any:
         """Return a preallocated array to write rows into."""
         shape = (self.problem.batch, self.problem.heads, self.problem.queries, *trailing)
         return PreallocatedRows(shape, dtype or np.float64)

@@ -36,8 +36,8 @@ from korder_torch.products import batched_product
 
 TILE_SCORES = 2**21
 """Scores in a tile: enough work to hide what calling a few tensor operations costs, and still inside a cache."""
-TILE_SCORES_ON_GPU = 2**24
-"""The same where calls are dear and what is inside no cache is still near."""
+TILE_SCORES_ON_GPU = 2**26
+"""The same where calls are dear and memory is fast; the policy's memory limit makes most tiles smaller."""
 LEAST, MOST = 1.0, 2.0**40
 """Row sums between which weights need no other reference than the one they have."""
 SMALL_VALUE = 1e-20

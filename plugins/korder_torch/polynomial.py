@@ -75,6 +75,11 @@ class TorchPolynomialKernel(PolynomialKernel):
             for first in range(self.table.width):
                 yield first, parents[starts[first] :], block[positions[first] : positions[first + 1]]
 
+    def running_state(self, features: Tensor, weighted: Tensor, carry: Tensor) -> Tensor:
+        """Return carry + running sums over tokens, (c, rho, e'), in place."""
+        terms = features.T[:, :, None] * weighted[:, None, :]
+        return terms.cumsum_(dim=0).add_(carry)
+
     def product(self, left: Tensor, right: Tensor, total: Tensor | None = None) -> Tensor:
         """Return total + left (p, q) @ right (q, s) in float64, added in place."""
         if total is None:
