@@ -44,7 +44,7 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )  # threads wait long for each other on a busy machine
 
 
-def small_product(_: Any) -> Callable[[], object]:
+def small_product(*_: Any) -> Callable[[], object]:
     return lambda: torch.ones(8, 8) @ torch.ones(8, 8)
 
 

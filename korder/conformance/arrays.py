@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -95,11 +99,17 @@ class ArrayKind:
         Raises:
             UnverifiedError: Memory of this kind cannot be measured on this device.
         """
-        on_cuda = self.kind == "torch" and self.device.startswith("cuda")
-        if not on_cuda and self.kind != "numpy":
+        measures = {
+            ("numpy", "cpu"): _traced_peak,
+            ("torch", "cpu"): _profiled_peak,
+            ("torch", "cuda"): _cuda_peak,
+        }
+        measure = measures.get((self.kind, self.device.partition(":")[0]))
+        if measure is None:
             raise UnverifiedError(f"memory of {self.kind} arrays on {self.device} cannot be measured")
         call()
-        return _cuda_peak(call, self.device) if on_cuda else _traced_peak(call)
+        peak, returned = measure(call)
+        return peak - sum(int(x.nbytes) for x in returned)
 
     def _through_namespace(self, x: Array, dtype: str, device: str) -> Array:
         xp = namespace_of_kind(self.kind)
@@ -139,7 +149,7 @@ _WRITERS: dict[str, ToArray] = {"numpy": _numpy_writer, "torch": _torch_writer, 
 _READERS: dict[str, FromArray] = {"torch": _torch_reader}
 
 
-def _traced_peak(call: Callable[[], list[Array]]) -> int:
+def _traced_peak(call: Callable[[], list[Array]]) -> tuple[int, list[Array]]:
     tracing = tracemalloc.is_tracing()
     if not tracing:
         tracemalloc.start()
@@ -151,16 +161,42 @@ def _traced_peak(call: Callable[[], list[Array]]) -> int:
     finally:
         if not tracing:
             tracemalloc.stop()
-    return int(peak - before - sum(x.nbytes for x in returned))
+    return peak - before, returned
 
 
-def _cuda_peak(call: Callable[[], list[Array]], device: str) -> int:
+def _profiled_peak(call: Callable[[], list[Array]]) -> tuple[int, list[Array]]:
+    """Add up what PyTorch's allocator tells its profiler, in the order of time."""
+    from torch.autograd.profiler import profile
+
+    with _silent_stderr(), profile(use_kineto=False, profile_memory=True) as profiler:
+        returned = call()
+    if profiler.kineto_results is None:
+        raise UnverifiedError("this build of PyTorch has no profiler of memory")
+    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(accumulate(changes, initial=0)), returned
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Drop what the process writes to stderr: some builds of the profiler say there that they start and stop."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _cuda_peak(call: Callable[[], list[Array]]) -> tuple[int, list[Array]]:
     import torch
 
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     returned = call()
-    torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device)
-    return int(peak - before - sum(x.nbytes for x in returned))
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before, returned

@@ -54,7 +54,7 @@ class PolynomialKernel:
 
     sum_block: ClassVar[int] = 256
     """Terms summed in the compute dtype before they join a float64 total."""
-    in_place: ClassVar[bool] = False
+    in_place: bool = False
     """Whether features and running states are written where they belong; it sets `workspace_bytes`."""
 
     def __init__(self, xp: Any, plan: Plan) -> None:

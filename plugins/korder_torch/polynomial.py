@@ -22,9 +22,8 @@ class TorchPolynomialKernel(PolynomialKernel):
     Cost:  as the generic kernel; every feature is written once, where it belongs.
     """
 
-    in_place = True
-
     def __init__(self, xp: Any, plan: Plan) -> None:
+        self.in_place = plan.problem.device == "cpu"  # elsewhere running sums are made in a copy
         super().__init__(xp, plan)
         self._kept = threading.local()  # the memory of one call, so that threads may share a kernel
 
