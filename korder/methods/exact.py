@@ -78,7 +78,14 @@ class ExactKernel:
     def forward(self, operands: Operands, *, save: bool, residuals: dict[str, object] | None = None) -> KernelOutput:
         """Compute output and lse; `residuals` are ignored, the exact method has no statistics to fix."""
         xp, problem = self.xp, self.plan.problem
-        layout = lay_out(xp, problem, operands)
+        output, lse = (by_head(xp, x) for x in self.attend(lay_out(xp, problem, operands), operands))
+        narrow = xp.astype(output, operands.query.dtype, copy=False)
+        kept = {"output": output} if narrow.dtype != output.dtype else {}
+        return KernelOutput(narrow, lse, residuals=kept if save else None)
+
+    def attend(self, layout: Layout, operands: Operands) -> tuple[Array, Array]:
+        """Return output (b, g, c, n, e) and lse (b, g, c, n) of laid-out operands; a subclass may know another way."""
+        xp, problem = self.xp, self.plan.problem
         walk = self._walk(layout, operands)
         shape = layout.query.shape[:4]
         options = {"dtype": layout.query.dtype, "device": device(layout.query)}
@@ -91,10 +98,7 @@ class ExactKernel:
                     where = (heads.batch, heads.groups, heads.heads, rows)
                     row_output, row_lse = walk.arithmetic.finish(state)
                     output, lse = self.put(output, where, row_output), self.put(lse, where, row_lse)
-        output, lse = by_head(xp, output), by_head(xp, lse)
-        narrow = xp.astype(output, operands.query.dtype, copy=False)
-        kept = {"output": output} if narrow.dtype != output.dtype else {}
-        return KernelOutput(narrow, lse, residuals=kept if save else None)
+        return output, lse
 
     def _attend_rows(self, walk: TileWalk, heads: HeadBlock, rows: Range) -> RowState | None:
         """Return the softmax state of a block of rows after every live tile, None if there is none."""
@@ -119,16 +123,24 @@ class ExactKernel:
         """Compute the gradients that `needs` names, from the saved output and lse; weights are computed again."""
         xp, problem = self.xp, self.plan.problem
         layout = lay_out(xp, problem, operands)
+        sums = GradientSums(xp, problem, layout, self.tiling.contracted, self.add, needs)
+        tame = self.differentiate(layout, operands, saved, grads, sums)
+        return sums.finish(operands, tame=tame)
+
+    def differentiate(
+        self, layout: Layout, operands: Operands, saved: KernelOutput, grads: OutputGradients, sums: GradientSums
+    ) -> bool:
+        """Add the gradients of laid-out operands to `sums`, and return whether a weight of zero makes a term zero."""
+        problem = self.plan.problem
         cotangent = self._cotangent(layout, saved, grads)
         walk = self._walk(layout, operands, cotangent.output, cotangent.delta)
-        sums = GradientSums(xp, problem, layout, self.tiling.contracted, self.add, needs)
         wanted = sums.wanted()
         for heads in head_blocks(problem, walk.tiling.heads):
             for rows in blocks(0, problem.queries, walk.tiling.queries):
                 where = (heads.batch, heads.groups, heads.heads, rows)
                 row = RowCotangent(*(block_of(x, where) for x in (cotangent.output, cotangent.lse, cotangent.delta)))
                 self._gradients_of_rows(walk, sums, wanted, row, heads, rows)
-        return sums.finish(operands, tame=walk.tame)
+        return walk.tame
 
     def _gradients_of_rows(
         self, walk: TileWalk, sums: GradientSums, wanted: Wanted, row: RowCotangent, heads: HeadBlock, rows: Range

@@ -42,6 +42,12 @@ class GradientSums:
             return None
         return self.xp.zeros(like.shape, dtype=like.dtype, device=device(like))
 
+    def set(self, query: Array, keys: Sequence[Array], values: Sequence[Array]) -> None:
+        """Take gradients of laid-out operands that were computed whole, as far as they are wanted."""
+        self.query = None if self.query is None else query
+        for sums, found in ((self.keys, keys), (self.values, values)):
+            sums[:] = [None if old is None else new for old, new in zip(sums, found, strict=True)]
+
     def wanted(self) -> Wanted:
         """Return which gradients of a tile these sums take."""
         through_query = self.query is not None or self.weight is not None

@@ -18,6 +18,7 @@ from korder.spi.progress import PROGRESS
 
 if TYPE_CHECKING:
     from korder.methods.exact import ExactKernel
+    from korder.methods.gradients import GradientSums
     from korder.methods.layout import Layout
     from korder.methods.masks import TileMask
     from korder.methods.tiles import Contracted, Folded, RowCotangent, RowState, TileArithmetic, TileGradients, Wanted
@@ -36,6 +37,7 @@ __all__ = [
     "Cost",
     "ExactKernel",
     "Folded",
+    "GradientSums",
     "Kernel",
     "KernelError",
     "KernelOutput",
@@ -64,6 +66,7 @@ __all__ = [
 
 _LAZY = {
     "ExactKernel": "korder.methods.exact",
+    "GradientSums": "korder.methods.gradients",
     "Layout": "korder.methods.layout",
     "NamespaceBackend": "korder.spi.namespace",
     "PolynomialKernel": "korder.methods.polynomial",

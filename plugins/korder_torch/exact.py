@@ -18,6 +18,7 @@ from korder.spi import (
     Contracted,
     ExactKernel,
     Folded,
+    GradientSums,
     KernelOutput,
     Layout,
     OperandGradients,
@@ -32,6 +33,7 @@ from korder.spi import (
     Wanted,
     choose_tiling,
 )
+from korder_torch.fused import FusedAttention, is_faster
 from korder_torch.products import batched_product
 
 TILE_SCORES = 2**21
@@ -55,8 +57,8 @@ class TorchExactKernel(ExactKernel):
     """The exact kernel with PyTorch's in-place arithmetic.
 
     Numerics:  weights are exp(score) while the row sums stay in [LEAST, MOST] and exp(score - largest) otherwise;
-        16-bit operands are widened to float32 first. Where PyTorch's fused attention is faster, tiles without a bias
-        are its, joined by their lse (decision 009).
+        16-bit operands are widened to float32 first. Where PyTorch's fused attention is faster, full and causal masks
+        without biases go to it (decision 009), unless the result is not finite.
     """
 
     in_place = True
@@ -64,11 +66,40 @@ class TorchExactKernel(ExactKernel):
     def __init__(self, xp: Any, plan: Plan) -> None:
         tile = TILE_SCORES if plan.problem.device == "cpu" else TILE_SCORES_ON_GPU
         super().__init__(xp, plan, choose_tiling(plan.problem, tile))
+        self.fused = FusedAttention.for_problem(plan.problem) if is_faster() else None
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes beyond inputs and outputs that a forward needs."""
+        return max(super().workspace_bytes, 0 if self.fused is None else self.fused.workspace_bytes)
+
+    def attend(self, layout: Layout, operands: Operands) -> tuple[Tensor, Tensor]:
+        """Return output and lse, by the fused kernel where it applies."""
+        if self.fused is not None:
+            output, lse = self.fused.forward(layout, self._offsets(operands))
+            if bool(output.isfinite().all()) and not bool(lse.isnan().any()):
+                return output, lse
+        return super().attend(layout, operands)
+
+    def differentiate(
+        self, layout: Layout, operands: Operands, saved: KernelOutput, grads: OutputGradients, sums: GradientSums
+    ) -> bool:
+        """Add the gradients to `sums`, by the fused kernel where it applies; it knows no gradient of lse."""
+        if self.fused is not None and grads.lse is None:
+            wide = (saved.residuals or {}).get("output", saved.output), saved.lse, grads.output.to(layout.query.dtype)
+            query, keys, values = self.fused.backward(layout, self._offsets(operands), *wide)
+            if all(bool(x.isfinite().all()) for x in (query, *keys, *values)):
+                sums.set(query, keys, values)
+                return True
+        return super().differentiate(layout, operands, saved, grads, sums)
+
+    def _offsets(self, operands: Operands) -> tuple[int, ...]:
+        return (operands.query_offset, *(operands.key_offsets or (0,) * self.plan.problem.order))
 
     def arithmetic(self, layout: Layout) -> TileArithmetic:
         """Return the arithmetic of one call."""
         careful = any(_has_small_head(value) for value in layout.values)
-        return TorchTileArithmetic(self.xp, careful=careful, fused=fused_attention(layout.query))
+        return TorchTileArithmetic(self.xp, careful=careful)
 
     def put(self, total: Tensor, ranges: Sequence[tuple[int, int]], part: Tensor) -> Tensor:
         """Write a block in place."""
@@ -100,13 +131,11 @@ class TorchTileArithmetic(TileArithmetic):
         xp: The namespace.
         careful: Whether fresh rows look for their largest score at once; it is on from the first time that the sums of
             a fresh row fell outside, because then those of others will as well.
-        fused: The fused attention of PyTorch, for tiles without a bias (`_is_plain`); or None.
     """
 
-    def __init__(self, xp: Any, *, careful: bool, fused: Any = None) -> None:
+    def __init__(self, xp: Any, *, careful: bool) -> None:
         super().__init__(xp)
         self.careful = careful
-        self.fused = fused
 
     def folded(self, query: Tensor, gate: Tensor | None, additive: Tensor | None) -> Folded:
         """Return the outer side in one layout of memory, so that strides change neither speed nor a bit."""
@@ -123,8 +152,6 @@ class TorchTileArithmetic(TileArithmetic):
     def absorb(self, state: RowState, folded: Folded, contracted: Contracted, mask: TileMask | None) -> RowState:
         """Add one more tile to the state."""
         assert isinstance(state, TorchRowState)
-        if self.fused is not None and _is_plain(folded, contracted, mask):
-            return self._attended(state, folded, contracted, mask)
         seen = state.reference != -inf
         if self.careful and not bool(seen.all()):
             return self._raised(state, folded, contracted, mask)
@@ -147,33 +174,6 @@ class TorchTileArithmetic(TileArithmetic):
         shift = torch.where(reference == -inf, 0.0, reference)
         scores -= shift[..., None, None]
         total, weighted = self._sums(scores.exp_(), folded, contracted)
-        rescale = torch.exp(state.reference - shift)
-        total += state.total * rescale
-        weighted += state.weighted * rescale[..., None]
-        return TorchRowState(reference, total, weighted, True)
-
-    def _attended(
-        self, state: TorchRowState, folded: Folded, contracted: Contracted, mask: TileMask | None
-    ) -> RowState:
-        """Add one more tile by fused attention, each tuple of outer keys a head; lse tells how much each counts."""
-        b, g, c, i, f, _ = folded.query.shape
-        query = folded.query.transpose(3, 4).reshape(b * g, c * f, i, -1)
-        sides = (x.flatten(0, 1)[:, None].expand(-1, c * f, -1, -1) for x in (contracted.keys, contracted.values))
-        live = _inner_live(mask)
-        closed = None if live is None else query.new_zeros(()).where(live, -inf).expand(i, -1)[None, None]
-        output, lse = self.fused(query, *sides, attn_mask=closed, scale=1.0)
-        output, lse = output.reshape(b, g, c, f, i, -1), lse.reshape(b, g, c, f, i)
-        if live is not None:  # the kernel says 0 of rows in which nothing is live
-            lse = torch.where(live.any(dim=-1), lse, -inf)
-        if mask is not None and mask.outer is not None:
-            lse = torch.where(mask.outer.mT, lse, -inf)
-        reference = torch.maximum(state.reference, lse.amax(dim=-2))
-        shift = torch.where(reference == -inf, 0.0, reference)
-        share = torch.exp(lse - shift[..., None, :])
-        total = share.sum(dim=-2)
-        if folded.gate is not None:
-            output = output * folded.gate[:, :, None, :, None]
-        weighted = (output * share[..., None]).sum(dim=3)
         rescale = torch.exp(state.reference - shift)
         total += state.total * rescale
         weighted += state.weighted * rescale[..., None]
@@ -230,36 +230,6 @@ class TorchTileArithmetic(TileArithmetic):
             outer_biases=score_gradient.sum(dim=-1) if wanted.outer_biases else None,
             inner_biases=score_gradient.sum(dim=-2) if wanted.inner_biases else None,
         )
-
-
-def fused_attention(query: Tensor) -> Any:
-    """Return PyTorch's fused attention with lse where it is faster than products of our own, else None.
-
-    With AVX-512 oneDNN's products are (decision 007); below it the fused kernel is.
-    """
-    if query.device.type != "cpu" or query.dtype is not torch.float32:
-        return None
-    if torch.backends.cpu.get_cpu_capability() == "AVX512":
-        return None
-    return getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-
-
-def _is_plain(folded: Folded, contracted: Contracted, mask: TileMask | None) -> bool:
-    """Whether a tile is attention as the fused kernel knows it, with one mask for all tuples of outer keys."""
-    return (
-        folded.additive is None
-        and contracted.additive is None
-        and (mask is None or all(part.shape[-2] == 1 for part in mask.inner))
-        and contracted.keys.shape == contracted.values.shape
-        and 0 not in (*folded.query.shape, *contracted.keys.shape)
-    )
-
-
-def _inner_live(mask: TileMask | None) -> Tensor | None:
-    """Return which contracted keys each query may attend to, (I or 1, S), whatever the outer keys; None for all."""
-    if mask is None or not mask.inner:
-        return None
-    return torch.stack(torch.broadcast_tensors(*(part[:, 0, :] for part in mask.inner))).all(dim=0)
 
 
 def _has_small_head(values: Tensor) -> bool:
