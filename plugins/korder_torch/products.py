@@ -18,7 +18,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     the BLAS that torch was built with, whose best kernels some processors are not given.
     """
     linear = _linear(left)
-    if linear is None or 0 in (*left.shape, *right.shape):
+    if linear is None or 0 in (*left.shape, *right.shape) or not _dense(left):  # which it would copy
         return left @ right
     if left.mT.is_contiguous() and not left.is_contiguous():  # as the first factor it would be copied
         return linear(right.mT.contiguous(), left, None, "none", [], "").mT

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from korder.spi import KernelOutput, OperandGradients, Operands, OutputGradients, Plan, PolynomialKernel
@@ -20,6 +21,7 @@ from korder_jax.monomials import monomials, multiplicities
 from korder_jax.planes import Plane, PlaneLayout, Prefixes, Projections, Statistics, column_scales, mean_centre
 from korder_jax.planes import middle_centre as middle_of_range
 from korder_jax.positions import Bounds, bounds_of
+from korder_jax.runs import Runs, shift_matrix
 
 Array = Any
 Masks = tuple[Array | None, ...]
@@ -38,12 +40,12 @@ class Rows(NamedTuple):
 
 
 class Table(NamedTuple):
-    """What rows are read against, per degree: entries of at most 1 (r_s, e + 1), (r_s, 1), and their factors."""
+    """What rows are read against, in runs: entries of at most 1 (g, l, e + 1), (g, l, 1); factors of each degree."""
 
-    values: list[Array]
-    absolute: list[Array]
-    factors: list[Array]
-    absolute_factors: list[Array]
+    values: Array
+    absolute: Array
+    factors: Array
+    absolute_factors: Array
 
 
 class JaxPolynomialKernel(PolynomialKernel):
@@ -59,6 +61,8 @@ class JaxPolynomialKernel(PolynomialKernel):
         with jax.enable_x64(True):
             super().__init__(jnp, plan)
         self.chunk = min(self.polynomial.chunk, self.sum_block)
+        self.runs = Runs.of(self.table.offsets, self.sum_block)
+        self.signs = self.scale_sign ** np.arange(self.polynomial.degree + 1)
         self._forward = jax.jit(self.traced_forward)
         self._backward = jax.jit(self.traced_backward, static_argnames="needs")
 
@@ -279,45 +283,42 @@ class JaxPolynomialKernel(PolynomialKernel):
         values = reduce(jnp.multiply, [state / n for (state, _), n in zip(states, counts, strict=True)])
         absolute = reduce(jnp.multiply, [total / n for (_, total), n in zip(states, counts, strict=True)])
         monomials = self.monomial_weights(scales)
-        table = Table([], [], [], [])
-        for s in range(self.polynomial.degree + 1):
-            entries, factor = self.unit_entries((values * monomials)[self.table.rows(s)])
-            table.values.append(entries)
-            table.factors.append(factor * self.scale_sign**s)
-            entries, factor = self.unit_entries((absolute * monomials)[self.table.rows(s)])
-            table.absolute.append(entries)
-            table.absolute_factors.append(factor)
-        return table
+        entries, factors = self.unit_entries(self.runs, values * monomials)
+        absolute, absolute_factors = self.unit_entries(self.runs, absolute * monomials)
+        return Table(entries, absolute, factors * self.signs, absolute_factors)
 
-    def unit_entries(self, block: Array) -> tuple[Array, Array]:
-        """Return a block over its largest finite entry, in the compute dtype, and that entry."""
-        largest = lax.stop_gradient(jnp.max(jnp.where(jnp.isfinite(block), jnp.abs(block), 0.0)))
-        largest = jnp.where(largest == 0.0, 1.0, largest)
-        return (block / largest).astype(self.dtype), largest
+    def unit_entries(self, runs: Runs, block: Array) -> tuple[Array, Array]:
+        """Return a block (r, ..) in runs, in the compute dtype, over the largest entry of its degree; and those."""
+        block = runs.split(block)
+        largest = lax.stop_gradient(runs.largest(block))
+        return (block / largest[runs.degrees][:, None, None]).astype(self.dtype), largest
 
-    def _read(self, features: Array, table: Table, sizes: bool) -> tuple[list[Array], list[Array]]:
-        """Return the means of the score's powers, and of their absolute terms, at a block of rows."""
-        sums, absolute = [], []
-        for s in range(self.polynomial.degree + 1):
-            rows = features[self.table.rows(s)]
-            sums.append(summed(rows, table.values[s]) * table.factors[s])
-            if sizes:
-                absolute.append(summed(jnp.abs(rows), table.absolute[s])[:, 0] * table.absolute_factors[s])
-            else:
-                absolute.append(jnp.zeros_like(sums[-1][:, 0]))
-        return sums, absolute
+    def _read(self, features: Array, table: Table, sizes: bool) -> tuple[Array, Array]:
+        """Return the means of the score's powers (s, c, e + 1), and of their absolute terms (s, c), at some rows."""
+        rows = self.runs.split(features)
 
-    def finished(self, sums: list[Array], absolute: list[Array], centre: Array, live: Array) -> tuple[Array, ...]:
-        """Return output, mean polynomial, moments and magnitude of rows, given per degree (c, e + 1) and (c,)."""
-        found: tuple[Array, ...] = self._finish(_Reading(sums, absolute), centre, live)  # type: ignore[arg-type]
-        return found
+        def read(rows: Array, entries: Array, factors: Array) -> Array:
+            found = jnp.einsum("glc,gle->gce", rows, entries, precision=HIGHEST)
+            return self.runs.by_degree(found.astype(jnp.float64)) * factors[:, None, None]
 
+        sums = read(rows, table.values, table.factors)
+        if not sizes:
+            return sums, jnp.zeros_like(sums[..., 0])
+        return sums, read(jnp.abs(rows), table.absolute, table.absolute_factors)[..., 0]
 
-class _Reading(NamedTuple):
-    """The means of the score's powers [W, 1] at a block of rows, and of their absolute terms; one entry per degree."""
-
-    sums: list[Array]
-    absolute: list[Array]
+    def finished(self, sums: Array, absolute: Array, centre: Array, live: Array) -> tuple[Array, ...]:
+        """Return output, mean polynomial, moments and magnitude of rows, given the means of powers as `_read` does."""
+        degree, values = self.polynomial.degree, np.asarray(self.polynomial.values)[:, None]
+        about = shift_matrix(-centre, degree)
+        total = jnp.sum(jnp.sum(values[:, None] * about, axis=0)[..., None] * sums, axis=0)
+        mean = total[:, -1]
+        safe = jnp.where(live, mean, 1.0)
+        moments = jnp.sum(about * sums[None, :, :, -1], axis=1).T
+        sizes = jnp.sum(shift_matrix(jnp.abs(centre), degree) * absolute, axis=1)
+        magnitude = jnp.sum(np.abs(values) * sizes, axis=0) / safe
+        output = jnp.where(live[:, None], total[:, :-1] / safe[:, None], 0.0).astype(self.problem.dtype)
+        rows = (jnp.where(live, mean, 0.0), jnp.where(live[:, None], moments, 0.0), jnp.where(live, magnitude, 0.0))
+        return output, *rows
 
 
 def with_weights(values: Array, weights: Array) -> Array:

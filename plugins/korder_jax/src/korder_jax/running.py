@@ -7,19 +7,18 @@ rows stay small. Which keys a row brings into sight depends on offsets at run ti
 from __future__ import annotations
 
 from functools import reduce
-from itertools import pairwise
 from math import isqrt, log2
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from korder_jax.arrays import HIGHEST, as_varying, block_count
 from korder_jax.planes import Plane, Projections
 from korder_jax.polynomial import summed, with_weights
 from korder_jax.positions import Bounds
+from korder_jax.runs import Runs
 
 if TYPE_CHECKING:
     from korder_jax.polynomial import JaxPolynomialKernel
@@ -58,30 +57,16 @@ class CausalRows:
         self.lengths = kernel.problem.lengths
         self.rows = min(kernel.chunk, kernel.problem.queries)
         self.shrinks = tuple(2.0 ** -round(log2(max(m, 1)) / 2) for m in self.lengths)
-        degrees = [last - first for first, last in pairwise(kernel.table.offsets)]
         length = max(1, RUNNING_ELEMENTS // (self.rows * (kernel.problem.value_width + 1)))
-        self.run = min(length, kernel.sum_block, max(degrees))
-        self.runs_of_degree = [block_count(size, self.run) for size in degrees]
-        entries, factors = [], []
-        for s in range(kernel.polynomial.degree + 1):
-            entry, factor = kernel.unit_entries(kernel.monomial_weights(scales)[kernel.table.rows(s)])
-            entries.append(entry)
-            factors.append(factor * kernel.scale_sign**s)
-        self.weights = self.in_runs(jnp.concatenate(entries))
-        self.factors = factors
-
-    def in_runs(self, x: Array) -> Array:
-        """Return features (r, ..) with every degree filled up with zeros to whole runs: (R, ..)."""
-        blocks = []
-        for s, count in enumerate(self.runs_of_degree):
-            block = x[self.kernel.table.rows(s)]
-            missing = count * self.run - block.shape[0]
-            blocks.append(jnp.pad(block, [(0, missing)] + [(0, 0)] * (x.ndim - 1)))
-        return jnp.concatenate(blocks)
+        self.runs = Runs.of(kernel.table.offsets, min(length, kernel.sum_block))
+        self.run = self.runs.index.shape[1]
+        weights, factors = kernel.unit_entries(self.runs, kernel.monomial_weights(scales))
+        self.weights, self.factors = weights.reshape(-1, 1), factors * kernel.signs
 
     def features(self, position: int, rows: Array) -> Array:
         """Return the features of rows (c, d_t) in runs: (R, c)."""
-        return self.in_runs(self.kernel.scaled_features(self.projections, position, rows, self.scales))
+        found = self.runs.split(self.kernel.scaled_features(self.projections, position, rows, self.scales))
+        return found.reshape(-1, found.shape[-1])
 
     def stream(self, mode: int, index: Array, wanted: Array) -> Stream:
         """Return the keys at `index` (c,) where they are wanted and there; zeros elsewhere."""
@@ -129,16 +114,13 @@ class CausalRows:
         total = reduce(jnp.multiply, counts)
         total = jnp.where(total == 0.0, 1.0, total)
         sums, absolute = self._readings(query, streams, carry)
-        finished = []
-        for head in range(query.shape[0]):
-            parts = [x[head] * f / total[:, None] for x, f in zip(sums, self.factors, strict=True)]
-            sizes = [x[head] * jnp.abs(f) / total for x, f in zip(absolute, self.factors, strict=True)]
-            finished.append(self.kernel.finished(parts, sizes, centre[head, at], live[head, at]))
-        rows = tuple(jnp.stack(parts) for parts in zip(*finished, strict=True))
+        sums = sums * self.factors[:, None, None, None] / total[:, None]
+        absolute = absolute * jnp.abs(self.factors)[:, None, None] / total
+        rows = jax.vmap(self.kernel.finished, in_axes=(1, 1, 0, 0))(sums, absolute, centre[:, at], live[:, at])
         return self.advanced(carry, streams), rows
 
-    def _readings(self, query: Array, streams: tuple[Stream, ...], carry: Carry) -> tuple[list[Array], list[Array]]:
-        """Return per degree the readings (h, c, e + 1), and those of absolute terms (h, c), not yet over counts."""
+    def _readings(self, query: Array, streams: tuple[Stream, ...], carry: Carry) -> tuple[Array, Array]:
+        """Return per degree the readings (s, h, c, e + 1), and those of absolute terms (s, h, c), not over counts."""
         dtype = query.dtype
 
         def one(number: Array) -> tuple[Array, Array]:
@@ -160,10 +142,8 @@ class CausalRows:
             size = jnp.sum(jnp.abs(rows) * reduce(jnp.multiply, sizes), axis=1)
             return read.astype(jnp.float64), size.astype(jnp.float64)
 
-        found, sizes = lax.map(jax.checkpoint(one), jnp.arange(sum(self.runs_of_degree)))
-        ends = np.cumsum([0, *self.runs_of_degree])
-        spans = [slice(int(first), int(last)) for first, last in pairwise(ends)]
-        return [jnp.sum(found[span], axis=0) for span in spans], [jnp.sum(sizes[span], axis=0) for span in spans]
+        found, sizes = lax.map(jax.checkpoint(one), jnp.arange(len(self.runs.degrees)))
+        return self.runs.by_degree(found), self.runs.by_degree(sizes)
 
     def advanced(self, carry: Carry, streams: tuple[Stream, ...]) -> Carry:
         """Return the carry with the keys of a block added."""
