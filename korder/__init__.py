@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         UnsupportedProblemError,
     )
     from korder.operators import KhatriRao, Kronecker
+    from korder.planning.regime import Regime, regime
     from korder.result import Certificate, Provenance, Result
     from korder.spec import AttentionSpec, Causal, Exact, Full, Ordered, Policy, Polynomial, Window
     from korder.spec.layers import AttentionLayerSpec, TransformerBlockSpec
@@ -48,6 +49,7 @@ _HOMES = {
         "UnsupportedProblemError",
     ),
     "korder.operators": ("KhatriRao", "Kronecker"),
+    "korder.planning.regime": ("Regime", "regime"),
     "korder.result": ("Certificate", "Provenance", "Result"),
     "korder.spec": ("AttentionSpec", "Causal", "Exact", "Full", "Ordered", "Policy", "Polynomial", "Window"),
     "korder.spec.layers": ("AttentionLayerSpec", "TransformerBlockSpec"),
@@ -76,6 +78,7 @@ __all__ = [
     "Policy",
     "Polynomial",
     "Provenance",
+    "Regime",
     "Result",
     "ShapeError",
     "SpecError",
@@ -91,6 +94,7 @@ __all__ = [
     "measure",
     "merge",
     "plan",
+    "regime",
     "register_backend",
     "top_tuples",
 ]

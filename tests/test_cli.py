@@ -158,7 +158,18 @@ def test_plan_for_a_tolerance_lists_the_degrees() -> None:
         "--format", "json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert all(plan["method"] == "polynomial" for plan in json.loads(result.stdout)["plans"])
+    record = json.loads(result.stdout)
+    assert all(plan["method"] == "polynomial" for plan in record["plans"])
+    assert record["regime"]["bounded"] is True
+    assert record["regime"]["score_bound"] < 10.0
+
+
+def test_plan_for_a_tolerance_reports_the_regime_and_says_what_it_is() -> None:
+    tolerance = "attention.method={kind='polynomial', tolerance=0.1}"
+    text = call("plan", write(), "--set", tolerance, "--set", "data.score_rms=0.1").stdout
+    assert "below (ln n)^(1/3)" in text
+    assert "conditional on SETH" in text
+    assert "SETH" not in call("plan", write()).stdout, "without measured scores there is nothing to report"
 
 
 def test_validate() -> None:

@@ -14,6 +14,8 @@ from korder.errors import SpecError
 if TYPE_CHECKING:
     from korder.experiments.attend import ExactNeed, Report
     from korder.planning.plan import Plan
+    from korder.planning.regime import Regime
+    from korder.problem import Problem
     from korder.spec.runs import AttendRun, Run
 
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A run file: TOML, JSON or YAML.")]
@@ -72,13 +74,22 @@ def plan_file(
         if form is Format.json:
             rejected = [str(rejection) for rejection in chosen.rejected]
             found = {"backend": chosen.backend.name, "chosen": chosen.rank, "rejected": rejected}
-            print_json({**found, "plans": [_plan_record(plan) for plan in plans]})
+            regime = _regime_of(chosen.plan.problem)
+            print_json(
+                {
+                    **found,
+                    "plans": [_plan_record(plan) for plan in plans],
+                    "regime": None if regime is None else asdict(regime),
+                }
+            )
             return
         typer.echo(chosen.plan.explain())
         typer.echo(f"\nbackend: {chosen.backend.name}")
         others = [plan for rank, plan in enumerate(plans) if rank != chosen.rank]
         for plan in others:
             typer.echo(f"if that does not do: {_plan_line(plan)}")
+        if (found := _regime_of(chosen.plan.problem)) is not None:
+            typer.echo(f"\nregime of entries that reach these scores:\n{found.explain()}")
 
 
 def validate_file(
@@ -152,6 +163,17 @@ def _plan_record(plan: Plan) -> dict[str, Any]:
     degree = None if plan.polynomial is None else plan.polynomial.degree
     text = {"problem": plan.problem.describe(), "explain": plan.explain(), "notes": list(plan.notes)}
     return {"method": plan.method, "degree": degree, "cost": asdict(plan.cost), **text}
+
+
+def _regime_of(problem: Problem) -> Regime | None:
+    """Return what theory says of as many queries with scores as large as those measured; None where none were."""
+    from korder.planning.regime import regime
+
+    found = problem.statistics
+    if found is None or problem.queries < 2:
+        return None
+    largest = max(abs(found.score_low), abs(found.score_high))
+    return regime(problem.queries, problem.order, min(largest ** (1.0 / (problem.order + 1)), 1e40))
 
 
 def _plan_line(plan: Plan) -> str:
