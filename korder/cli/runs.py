@@ -71,25 +71,20 @@ def plan_file(
             progress.stage("measuring the scores")
             plans = plans_of(run, placement)
         chosen = select(default_registry(), plans, array_kind=placement.kind, requested=run.backend)
+        regime = _regime_of(chosen.plan.problem)
         if form is Format.json:
             rejected = [str(rejection) for rejection in chosen.rejected]
             found = {"backend": chosen.backend.name, "chosen": chosen.rank, "rejected": rejected}
-            regime = _regime_of(chosen.plan.problem)
-            print_json(
-                {
-                    **found,
-                    "plans": [_plan_record(plan) for plan in plans],
-                    "regime": None if regime is None else asdict(regime),
-                }
-            )
+            theory = None if regime is None else asdict(regime)
+            print_json({**found, "plans": [_plan_record(plan) for plan in plans], "regime": theory})
             return
         typer.echo(chosen.plan.explain())
         typer.echo(f"\nbackend: {chosen.backend.name}")
         others = [plan for rank, plan in enumerate(plans) if rank != chosen.rank]
         for plan in others:
             typer.echo(f"if that does not do: {_plan_line(plan)}")
-        if (found := _regime_of(chosen.plan.problem)) is not None:
-            typer.echo(f"\nregime of entries that reach these scores:\n{found.explain()}")
+        if regime is not None:
+            typer.echo(f"\nregime of entries that reach these scores:\n{regime.explain()}")
 
 
 def validate_file(
