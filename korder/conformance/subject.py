@@ -48,6 +48,7 @@ class Subject:
         self.claims = claims
         self.arrays = arrays
         self.kept: dict[tuple[str, str], Any] = {}
+        self.kernels: dict[Plan, Kernel] = {}
 
     def plan(self, case: Case) -> Plan:
         """Return the plan of a case, which the backend must take."""
@@ -62,9 +63,14 @@ class Subject:
         return plan
 
     def kernel(self, case: Case) -> Kernel:
-        """Return the compiled kernel of a case."""
+        """Return the compiled kernel of a case; as in dispatch, one for all problems that are the same."""
         self.arrays.check(case.dtype)
-        return self.backend.compile(self.plan(case))
+        plan = self.plan(case)
+        if plan not in self.kernels:
+            while len(self.kernels) >= REMEMBERED:
+                del self.kernels[next(iter(self.kernels))]
+            self.kernels[plan] = self.backend.compile(plan)
+        return self.kernels[plan]
 
     def operands(self, case: Case, *, strided: bool = False) -> Operands:
         """Return the operands of a case as the kernel takes them."""

@@ -50,7 +50,8 @@ class JaxExactKernel:
     def forward(self, operands: Operands, *, save: bool, residuals: dict[str, object] | None = None) -> KernelOutput:
         """Compute output and lse; `residuals` are ignored, the exact method has no statistics to fix."""
         with jax.enable_x64(self.problem.accumulation == "float64"):
-            output, lse, kept = self._forward(*self._arguments(operands), save=save)
+            narrow = self.problem.dtype != self.problem.accumulation  # else there is nothing to keep
+            output, lse, kept = self._forward(*self._arguments(operands), save=save and narrow)
         return KernelOutput(output, lse, residuals=kept if save else None)
 
     def backward(
