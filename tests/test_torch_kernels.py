@@ -124,15 +124,12 @@ def test_products_of_any_strides(shapes: Any) -> None:
 @pytest.mark.parametrize("processor", ["AVX2", "AVX512"])
 @pytest.mark.parametrize("sharpness", [1.0, 60.0])
 @pytest.mark.parametrize("mask", [korder.Full(), Causal(), Window(sizes=(11, 23))], ids=lambda mask: mask.kind)
-@pytest.mark.parametrize("size", [2**7, 2**9])
-def test_small_tiles_join(
-    mask: Any, sharpness: float, size: int, processor: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_small_tiles_join(mask: Any, sharpness: float, processor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the fused kernel and of our own products, whole ones and ones that are cut by the mask."""
     on_processor(monkeypatch, processor)
-    monkeypatch.setattr(exact, "TILE_SCORES", size)
+    monkeypatch.setattr(exact, "TILE_SCORES", 2**9)
     for name in ("FORWARD_KEYS", "BACKWARD_KEYS", "CAUSAL_KEYS"):
-        monkeypatch.setattr(fused, name, size)
+        monkeypatch.setattr(fused, name, 2**7)
     joined: list[int] = []
     backward = fused.FusedAttention.backward
     monkeypatch.setattr(
