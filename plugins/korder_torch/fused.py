@@ -100,10 +100,11 @@ class FusedAttention:
     def workspace_bytes(self) -> int:
         """Bytes of a forward beyond inputs and outputs."""
         problem, tiling = self.problem, self.forward_tiling
-        rows = problem.heads // problem.groups * problem.queries
+        share = problem.heads // problem.groups
+        rows = share * problem.queries
         shared = 0 if problem.order == 1 else 2 * tiling.heads * tiling.keys * problem.value_width
         joined = tiling.heads * rows * (2 * problem.value_width + 4)
-        cut = tiling.keys * rows * 2 if problem.spec.mask.kind == "causal" else 0
+        cut = 2 * tiling.keys * share * max(tiling.sizes) if problem.spec.mask.kind == "causal" else 0
         laid_out = problem.batch * problem.heads * problem.queries * problem.value_width
         return 4 * (shared + joined + cut + laid_out) + SCRATCH_PER_THREAD * int(torch.get_num_threads())
 
