@@ -75,7 +75,7 @@ def _preferred(problem: Problem, contracted: int, tile_scores: int) -> Tiling:
     seen = [max(m, 1) for m in _seen_lengths(problem, block)]
     keys = _even(seen[contracted], MAX_KEYS)
     rows = max(tile_scores // keys, 1)
-    folded = _folded_blocks([seen[t] for t in outer_modes(problem.order, contracted)], rows // block)
+    folded = folded_blocks([seen[t] for t in outer_modes(problem.order, contracted)], rows // block)
     if not masked:
         block = _even(queries, max(rows // prod(folded), 1))
     return Tiling((), contracted, block, folded, keys, 1)
@@ -90,8 +90,8 @@ def _stored(problem: Problem, contracted: int, tile_scores: int) -> Tiling:
     return Tiling((), contracted, queries, folded, lengths[contracted], _whole_heads(problem, count))
 
 
-def _folded_blocks(lengths: list[int], count: int) -> tuple[int, ...]:
-    """About `count` tuples of outer keys, from the last mode up."""
+def folded_blocks(lengths: list[int], count: int) -> tuple[int, ...]:
+    """Return even block sizes of about `count` tuples: all of the last modes, pieces of the first that does not fit."""
     sizes = []
     for length in reversed(lengths):
         size = _even(length, max(count, 1))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from korder.errors import KernelError, UnsupportedProblemError
 from korder.planning.plan import ContractionStep, Cost, Plan, PolynomialPlan, Tiling
-from korder.planning.slicing import choose_tiling
+from korder.planning.slicing import choose_tiling, folded_blocks
 from korder.problem import Problem
 from korder.spi.availability import Availability
 from korder.spi.backend import API_VERSION, Backend, Kernel
@@ -61,6 +61,7 @@ __all__ = [
     "UnsupportedProblemError",
     "Wanted",
     "choose_tiling",
+    "folded_blocks",
     "hookimpl",
 ]
 

@@ -98,8 +98,7 @@ class TorchExactKernel(ExactKernel):
 
     def arithmetic(self, layout: Layout) -> TileArithmetic:
         """Return the arithmetic of one call."""
-        careful = any(_has_small_head(value) for value in layout.values)
-        return TorchTileArithmetic(self.xp, careful=careful)
+        return TorchTileArithmetic(self.xp, careful=any(_has_small_head(value) for value in layout.values))
 
     def put(self, total: Tensor, ranges: Sequence[tuple[int, int]], part: Tensor) -> Tensor:
         """Write a block in place."""

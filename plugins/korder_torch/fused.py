@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from korder.spi import Layout, Problem
+from korder.spi import Layout, Problem, folded_blocks
 
 FORWARD_KEYS, BACKWARD_KEYS = 2**14, 2**11
 """Tuples of keys in a tile. The backward reads its gradients again, so it wants them nearer to the core."""
@@ -49,20 +49,9 @@ class FusedTiling:
         elif problem.order == 1:
             sizes = problem.lengths
         else:
-            sizes = _greedy(problem.lengths, keys)
+            sizes = folded_blocks(list(problem.lengths), keys)
         heads = max(keys // prod(sizes), 1)
         return cls(sizes, min(heads, problem.batch * problem.groups))
-
-
-def _greedy(lengths: tuple[int, ...], keys: int) -> tuple[int, ...]:
-    """About `keys` tuples: all keys of the last modes, even pieces of the first that does not fit."""
-    sizes = []
-    for length in reversed(lengths):
-        pieces = -(-length // max(keys, 1))
-        size = -(-length // pieces)
-        sizes.append(size)
-        keys //= size
-    return tuple(reversed(sizes))
 
 
 class FusedAttention:
