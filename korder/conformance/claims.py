@@ -24,8 +24,9 @@ DEGREES = {1: 5, 2: 4, 3: 2}
 _WIDTHS = ("float64", "float32", "bfloat16", "float16")
 _FEW_HEADS: dict[str, Any] = {"heads": 2, "queries": 7}
 _SMALL: dict[str, Any] = {"query_width": 2, "value_width": 3, "queries": 11}
-_SMALLER: dict[str, Any] = {"heads": 2, "queries": 6}
-"""For high orders in every combination: a score tensor of order 6 is 420 tuples for each row."""
+_SMALLER: dict[str, Any] = {"heads": 4, "queries": 6}
+"""For high orders in every combination, where a score tensor of order 6 is 420 tuples for each row: two query heads
+to a key head, so that a wrong grouping is seen."""
 
 
 @dataclass(frozen=True, slots=True)
