@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from korder.operators import KhatriRao, Kronecker
     from korder.planning.regime import Regime, regime
     from korder.result import Certificate, Provenance, Result
-    from korder.spec import AttentionSpec, Causal, Exact, Full, Ordered, Policy, Polynomial, Window
+    from korder.spec import AttentionSpec, Auto, Causal, Exact, Full, Ordered, Policy, Polynomial, Split, Window
     from korder.spec.layers import AttentionLayerSpec, TransformerBlockSpec
     from korder.weights import marginals, top_tuples
 
@@ -51,7 +51,18 @@ _HOMES = {
     "korder.operators": ("KhatriRao", "Kronecker"),
     "korder.planning.regime": ("Regime", "regime"),
     "korder.result": ("Certificate", "Provenance", "Result"),
-    "korder.spec": ("AttentionSpec", "Causal", "Exact", "Full", "Ordered", "Policy", "Polynomial", "Window"),
+    "korder.spec": (
+        "AttentionSpec",
+        "Auto",
+        "Causal",
+        "Exact",
+        "Full",
+        "Ordered",
+        "Policy",
+        "Polynomial",
+        "Split",
+        "Window",
+    ),
     "korder.spec.layers": ("AttentionLayerSpec", "TransformerBlockSpec"),
     "korder.weights": ("marginals", "top_tuples"),
 }
@@ -62,6 +73,7 @@ __all__ = [
     "AccuracyWarning",
     "AttentionLayerSpec",
     "AttentionSpec",
+    "Auto",
     "BackendUnavailableError",
     "Causal",
     "Certificate",
@@ -82,6 +94,7 @@ __all__ = [
     "Result",
     "ShapeError",
     "SpecError",
+    "Split",
     "TransformerBlockSpec",
     "UnknownBackendError",
     "UnsupportedProblemError",

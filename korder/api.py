@@ -13,6 +13,7 @@ from korder.dispatch.arrays import (
     namespace_of_kind,
     resolve_spec,
 )
+from korder.dispatch.choosing import run_choice
 from korder.dispatch.registry import BackendStatus, default_registry
 from korder.dispatch.request import as_given, make_request, make_result, measure_request
 from korder.dispatch.run import run
@@ -111,6 +112,8 @@ def attend(
         statistics=statistics,
         backend=backend,
     )
+    if request.problem.spec.chooses:
+        return run_choice(default_registry(), attend_result, given, request).output
     return as_given(given, run(default_registry(), request).output.output)
 
 
@@ -175,6 +178,8 @@ def attend_result(
         backend=backend,
     )
     registry = default_registry()
+    if request.problem.spec.chooses:
+        return run_choice(registry, attend_result, given, request)
     return make_result(registry, given, request, run(registry, request, certify=True))
 
 

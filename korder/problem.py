@@ -28,6 +28,21 @@ class Shapes:
 
 
 @dataclass(frozen=True, slots=True)
+class OutlierLevel:
+    """What is left to the polynomial method when the keys above a threshold are set aside.
+
+    Counts are those of the worst head, rounded up to powers of two so that plans are met again.
+    """
+
+    threshold: float
+    """Outlying keys have a typical score of more than this many times the median of their head and mode."""
+    keys: tuple[int, ...]
+    """Outlying keys, per mode."""
+    missing: tuple[int, ...]
+    """Rows that are expected to miss the tolerance at degrees 2, 4, 6, .."""
+
+
+@dataclass(frozen=True, slots=True)
 class ScoreStatistics:
     """A few floats measured from the arrays, rounded outward to two digits; they choose plans, never certificates.
 
@@ -42,6 +57,8 @@ class ScoreStatistics:
     """Largest distance of a score bound of a row from the row's centre."""
     rms: float
     """Largest root of the mean squared centred score of a row; 0 when it was not measured."""
+    levels: tuple[OutlierLevel, ...] = ()
+    """Ways to set outliers aside, lowest threshold first; measured for methods that choose among them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,8 @@ class Certificate:
     score_range: Array
     """Rigorous lower and upper bound of every row's live scores, biases left out."""
     kind: str
-    """Which certificate gave the bound of most rows: "moment" or "sup"; "merged" after `merge` of parts that differ."""
+    """Which certificate gave the bound of most rows: "moment" or "sup"; "rounding" of an exact part; "merged" after
+    `merge` of parts that differ."""
     estimate: Array | None = None
     """Measured error of a few rows, (rows, 2): row position in the flattened (b, h, n) and its largest error. An
     estimate of the rest, not a bound."""
@@ -47,6 +48,8 @@ class Provenance:
     rejected: tuple[Rejection, ...] = ()
     replanned: tuple[str, ...] = ()
     """Why the first plan was not the last: one sentence per degree extended or plan replaced."""
+    candidates: tuple[str, ...] = ()
+    """What `Split` and `Auto` chose from, with the seconds that were predicted, the choice first."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,18 +67,18 @@ def make_request(
     spec, backend = resolve_spec(spec, len(given.keys), weighted=weight is not None), checked_backend_name(backend)
     problem = make_problem(spec, given.shapes, given.dtype, given.device, statistics)
     request = Request(problem, to_kernel_layout(given, spec), given.kind, backend)
-    method = spec.polynomial
-    if measured and statistics is None and method is not None and method.tolerance is not None:
+    if measured and statistics is None and spec.tolerance is not None:
         request = replace(request, problem=replace(problem, statistics=measure_request(request)))
     return given, request
 
 
 def measure_request(request: Request) -> ScoreStatistics:
-    """Return the statistics of a request's scores."""
-    from korder.methods import statistics
+    """Return the statistics of a request's scores; those without outliers too, where the method may set them aside."""
+    from korder.methods import outliers, statistics
 
     xp, (operands,) = on_host(request.array_kind, request.operands)
-    return statistics.measure(xp, request.problem, operands)
+    measure = outliers.measure_levels if request.problem.spec.chooses else statistics.measure
+    return measure(xp, request.problem, operands)
 
 
 def as_given(given: Given, array: Array) -> Array:

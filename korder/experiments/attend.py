@@ -92,8 +92,7 @@ class Report:
 
 def plans_of(run: AttendRun, placement: Placement) -> tuple[Plan, ...]:
     """Return the ranked plans of a run; arrays are made only where a tolerance has to look at them."""
-    polynomial = run.attention.polynomial
-    if polynomial is None or polynomial.tolerance is None:
+    if run.attention.tolerance is None:
         known, statistics = outline(run), None
     else:
         inputs = build_inputs(run)

@@ -144,15 +144,23 @@ def _known(offset: Any) -> Any:
 
 def _measured(request: Request, statistics: ScoreStatistics | None) -> Request:
     """Return the request with the statistics that its method wants."""
-    method = request.problem.spec.polynomial
-    if statistics is not None or method is None or method.tolerance is None:
+    spec = request.problem.spec
+    if spec.chooses:
+        raise UnsupportedProblemError(
+            f"method {type(spec.method).__name__} is not there for JAX arrays yet.",
+            code="method-unsupported",
+            expected="Exact(), or Polynomial(degree=... or tolerance=...)",
+            got=f"method={spec.method.kind}",
+            hint="numpy.asarray(array) goes through NumPy, without gradients.",
+        )
+    if statistics is not None or spec.tolerance is None:
         return request
     if _is_traced(request):
         raise UnsupportedProblemError(
             "a tolerance depends on numbers, which traced arrays do not have.",
             code="traced-tolerance",
             expected="Polynomial(degree=...), or statistics= of such operands",
-            got=f"Polynomial(tolerance={method.tolerance:g}) under jit, vmap or grad",
+            got=f"{type(spec.method).__name__}(tolerance={spec.tolerance:g}) under jit, vmap or grad",
             hint="statistics = korder.measure(...) outside, then statistics=statistics here; the result is unchecked.",
         )
     from korder.dispatch.request import measure_request

@@ -70,7 +70,7 @@ def _log_ratio(xp: Any, values: tuple[float, ...], x: Array) -> tuple[Array, Arr
 def moment_bound(xp: Any, polynomial: PolynomialPlan, rows: RowFacts) -> Array:
     """Return (A + C mean of (x - centre)^p) / mean P, the smallest over the triples (A, C, p) at hand."""
     if polynomial.coefficients == "taylor":
-        power, slope = _taylor_slope(xp, polynomial.degree, rows.low, rows.high)
+        power, slope = taylor_slope(xp, polynomial.degree, rows.low, rows.high)
         return slope * _moment(polynomial, rows, power) / rows.mean
     return _tabled_moment_bound(xp, polynomial, rows)
 
@@ -85,7 +85,7 @@ def _moment(polynomial: PolynomialPlan, rows: RowFacts, power: int) -> Array:
     return rows.moments[..., power] * (1.0 + 1e-6) + slack
 
 
-def _taylor_slope(xp: Any, degree: int, low: Array, high: Array) -> tuple[int, Array]:
+def taylor_slope(xp: Any, degree: int, low: Array, high: Array) -> tuple[int, Array]:
     """Return p and C with |exp(x) - T_degree(x)| <= C x^p on [low, high], p the largest even power up to the degree.
 
     (exp(x) - T_degree(x)) / x^degree grows with x; below 0 it is at least -min(|x| / (degree + 1)!, 1 / degree!).

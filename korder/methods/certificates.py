@@ -43,7 +43,7 @@ def certify(xp: Any, plan: Plan, operands: Operands, output: KernelOutput, *, ro
     bounds = row_bounds(xp, problem, operands)
     live, log_weights = live_rows(xp, problem, operands)
     rows = _gather(xp, plan, operands, output, (bounds.low, bounds.high, live, log_weights), rounding_unit)
-    spread, sizes, largest = _value_sizes(xp, problem, operands, output)
+    spread, sizes, largest = value_sizes(xp, problem, operands, output)
     sup, sup_log = sup_bound(xp, polynomial, rows)
     moment = moment_bound(xp, polynomial, rows) / (1.0 - rows.relative)
     zero = xp.zeros_like(sup)
@@ -55,7 +55,7 @@ def certify(xp: Any, plan: Plan, operands: Operands, output: KernelOutput, *, ro
     moved = xp.where(spread > 0.0, (lost + xp.tanh(0.5 * bounds.perturbation)) * spread, 0.0 * spread)
     # the last term: value products, and an output, too small for their dtype
     rounding = (
-        inexact + moved + _final_unit(xp, problem) * largest + xp.where(sizes > 0.0, _SMALLEST_VALUES + zero, zero)
+        inexact + moved + final_unit(xp, problem) * largest + xp.where(sizes > 0.0, _SMALLEST_VALUES + zero, zero)
     )
     lse_bound = logarithm + _log_shift(xp, lost) + _log_shift(xp, rows.relative) + bounds.perturbation
     lse_bound = lse_bound + _lse_rounding(xp, output.lse, rows)
@@ -75,7 +75,7 @@ def certify(xp: Any, plan: Plan, operands: Operands, output: KernelOutput, *, ro
     )
 
 
-def _final_unit(xp: Any, problem: Problem) -> float:
+def final_unit(xp: Any, problem: Problem) -> float:
     """Return the relative error of the division and of its cast to the output, a cast to 16 bits not counted."""
     wide = problem.dtype == "float64"
     return 2.0 * UNIT64 if wide else 0.51 * float(xp.finfo(xp.float32).eps)
@@ -194,7 +194,7 @@ def _value_extremes(xp: Any, plane: Plane) -> Statistic:
     return statistic
 
 
-def _value_sizes(xp: Any, problem: Problem, operands: Operands, output: KernelOutput) -> tuple[Array, Array, Array]:
+def value_sizes(xp: Any, problem: Problem, operands: Operands, output: KernelOutput) -> tuple[Array, Array, Array]:
     """Return, for every row, the range of value products, the largest product plus output, and the largest output.
 
     Each is the largest over channels, (b, h, n) float64, over the keys that the row sees; the ranges are attained.

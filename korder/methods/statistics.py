@@ -55,7 +55,7 @@ def column_peaks(xp: Any, factor: Factor) -> Array:
     return xp.astype(largest, xp.float64)
 
 
-def _column_rms(xp: Any, key: Factor) -> Array:
+def column_rms(xp: Any, key: Factor) -> Array:
     """Return the root mean square (w, 1) of the finite entries of each column; 1 where it is 0."""
     total = xp.zeros_like(xp.astype(key.columns(xp, -1, 0), xp.float64))
     for start in range(0, key.length, TOKENS):
@@ -91,7 +91,7 @@ def row_bounds(xp: Any, problem: Problem, operands: Operands) -> RowBounds:
     sight = Sight.of(problem, operands)
     pieces: list[dict[tuple[int, int], list[Array]]] = [{}, {}, {}, {}]
     for plane in planes(xp, problem, operands):
-        scales = tuple(_column_rms(xp, key) for key in plane.keys)
+        scales = tuple(column_rms(xp, key) for key in plane.keys)
         for start, stop, extremes in visible_maxima(xp, sight, key_extremes(xp, plane, scales)):
             for head, query in zip(plane.heads, plane.queries, strict=True):
                 parts = _bounds(xp, problem, query, (start, stop), extremes, scales)
@@ -239,20 +239,33 @@ def round_outward(x: float, direction: int) -> float:
     raise AssertionError(f"no two-digit bound of {x!r}")
 
 
-def _rms(xp: Any, problem: Problem, operands: Operands) -> float:
-    """Return the largest root mean square of a row's centred scores, from the keys' second moments; 0 if too wide."""
+@np.errstate(all="ignore")
+def row_rms(xp: Any, problem: Problem, operands: Operands) -> Array | None:
+    """Return the root mean square of every row's centred scores, from the keys' second moments; None if too wide.
+
+    Shapes:    (b, h, n), float64; 0 where it is not finite.
+    Cost:      O(n width^2).
+    Numerics:  Under a causal mask over what the last row of the block sees.
+    """
     if problem.score_width > _WIDEST_GRAM:
-        return 0.0
+        return None
     sight = Sight.of(problem, operands)
-    largest = 0.0
+    pieces: dict[tuple[int, int], list[Array]] = {}
     for plane in planes(xp, problem, operands):
         for start, stop, gram, mean in _second_moments(xp, sight, plane):
-            for query in plane.queries:
+            for head, query in zip(plane.heads, plane.queries, strict=True):
                 columns = problem.scale * xp.astype(query.columns(xp, start, stop), xp.float64)
                 squares = xp.sum(columns * xp.matmul(gram, columns), axis=0) - xp.sum(columns * mean, axis=0) ** 2
-                finite = xp.where(xp.isfinite(squares), squares, xp.zeros_like(squares))
-                largest = max(largest, float(xp.max(finite)))
-    return float(largest**0.5)
+                usable = xp.logical_and(xp.isfinite(squares), squares > 0.0)
+                part = xp.sqrt(xp.where(usable, squares, xp.zeros_like(squares)))
+                pieces.setdefault((plane.batch, head), []).append(part)
+    return assemble(xp, pieces, problem, device(operands.query))
+
+
+def _rms(xp: Any, problem: Problem, operands: Operands) -> float:
+    """Return the largest of `row_rms`; 0 if too wide."""
+    found = row_rms(xp, problem, operands)
+    return float(xp.max(found)) if found is not None and all(found.shape) else 0.0
 
 
 def _second_moments(xp: Any, sight: Sight, plane: Plane) -> Iterator[tuple[int, int, Array, Array]]:

@@ -56,6 +56,13 @@ def meets_tolerance(xp: Any, certificate: Certificate, operands: Operands, toler
     return replace(worst, rounding_alone=not rounding.met)
 
 
+@np.errstate(all="ignore")
+def missing_rows(xp: Any, certificate: Certificate, operands: Operands, tolerance: float) -> Array:
+    """Return which rows' approximation is not known to be within the tolerance: (b, h, n) bool."""
+    spread, _ = _head_values(xp, operands)
+    return xp.logical_not(certificate.approximation <= tolerance * spread[:, :, None])
+
+
 def _all_finite(xp: Any, operands: Operands) -> bool:
     """Whether no operand holds NaN or infinity, masked keys and biases of -inf left out."""
     weight = operands.weight

@@ -19,6 +19,10 @@ def candidate_plans(problem: Problem) -> tuple[Plan, ...]:
         AccuracyError: No degree can meet the tolerance at a cost that is worth it.
     """
     # Imported here so that a run of one method does not pay for loading the other's planner.
+    if problem.spec.chooses:
+        from korder.planning.choices import choice_plans
+
+        return choice_plans(problem)
     method = problem.spec.polynomial
     if method is None:
         from korder.planning.exact import exact_plan

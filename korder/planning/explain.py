@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from korder.planning.plan import Plan, PolynomialPlan, Tiling
+from korder.planning.plan import Plan, PolynomialPlan, SplitPlan, Tiling
 from korder.problem import Problem
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -15,6 +15,8 @@ def explain_plan(plan: Plan) -> str:
         rows += _tiling_rows(plan.problem, plan.tiling)
     if plan.polynomial is not None:
         rows += _polynomial_rows(plan.polynomial)
+    if plan.split is not None:
+        rows += _split_rows(plan, plan.split)
     cost = plan.cost
     rows += [
         (
@@ -57,6 +59,8 @@ def _scores(problem: Problem) -> int:
 def _method(plan: Plan) -> str:
     if plan.polynomial is not None:
         return f"polynomial, degree {plan.polynomial.degree}, {plan.polynomial.coefficients} coefficients"
+    if plan.split is not None:
+        return "split, polynomial for most tuples, exact for those of outlying keys and for rows that miss"
     if plan.tiling is not None and not plan.tiling.looped:
         return "exact, stored: every tuple of a head in one tile"
     return "exact, sliced contraction"
@@ -80,6 +84,12 @@ def _polynomial_rows(polynomial: PolynomialPlan) -> list[tuple[str, str]]:
         rows.append(("interval", f"+-{polynomial.interval:g} about the centre"))
     rows += [("state", f"{count(polynomial.state)} elements a head"), ("chunk", f"{polynomial.chunk} tokens at a time")]
     return rows
+
+
+def _split_rows(plan: Plan, split: SplitPlan) -> list[tuple[str, str]]:
+    keys = ", ".join(f"{number} keys of mode {t + 1}" for t, number in enumerate(split.keys))
+    rows = [("exactly", f"up to {keys}, about {split.rows} rows, a head")]
+    return rows + [("part", f"{part.name}, {count(part.cost.flops)} flops") for part in plan.parts]
 
 
 def _step_lines(plan: Plan) -> list[str]:

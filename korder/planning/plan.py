@@ -73,6 +73,20 @@ class PolynomialPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class SplitPlan:
+    """What is set aside from the polynomial method, and what is left to it."""
+
+    threshold: float
+    """Outlying keys have a typical score of more than this many times the median of their head; inf for none."""
+    keys: tuple[int, ...]
+    """Outlying keys that are made room for, a head and mode."""
+    rows: int
+    """Rows that are expected to miss the tolerance, a head."""
+    degree: int
+    """Degree of the polynomial; its certificate decides which rows are computed exactly."""
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """HOW to compute a problem: hashable, printable, made without arrays or backends."""
 
@@ -82,11 +96,17 @@ class Plan:
     steps: tuple[ContractionStep, ...] = ()
     tiling: Tiling | None = None
     polynomial: PolynomialPlan | None = None
+    split: SplitPlan | None = None
+    parts: tuple[Plan, ...] = ()
+    """Of a split: the polynomial part, then the exact ones."""
     notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        """The method, and the degree if it has one."""
+        """The method, with the degree or the number of outliers if it has any."""
+        if self.split is not None:
+            keys = " + ".join(map(str, self.split.keys))
+            return f"split: degree {self.split.degree}, {keys} keys, {self.split.rows} rows"
         return self.method if self.polynomial is None else f"{self.method} of degree {self.polynomial.degree}"
 
     def explain(self) -> str:

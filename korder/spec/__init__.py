@@ -2,12 +2,13 @@
 
 from korder.spec.attention import MAX_ORDER, AttentionSpec
 from korder.spec.masks import Causal, Full, Mask, Ordered, Window
-from korder.spec.methods import Exact, Method, Polynomial
+from korder.spec.methods import Auto, Exact, Method, Polynomial, Split
 from korder.spec.policy import Policy
 
 __all__ = [
     "MAX_ORDER",
     "AttentionSpec",
+    "Auto",
     "Causal",
     "Exact",
     "Full",
@@ -16,5 +17,6 @@ __all__ = [
     "Ordered",
     "Policy",
     "Polynomial",
+    "Split",
     "Window",
 ]

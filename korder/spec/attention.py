@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from korder.spec.base import AsInteger, SpecModel, conflict
 from korder.spec.masks import Full, Mask, Window
-from korder.spec.methods import Exact, Method, Polynomial
+from korder.spec.methods import Auto, Exact, Method, Polynomial, Split
 from korder.spec.policy import Policy
 
 MAX_ORDER = 6
@@ -69,3 +69,13 @@ class AttentionSpec(SpecModel):
     def polynomial(self) -> Polynomial | None:
         """The method if it is the polynomial one, else None."""
         return self.method if isinstance(self.method, Polynomial) else None
+
+    @property
+    def tolerance(self) -> float | None:
+        """The tolerance of the method; None where it has none, and numbers decide nothing."""
+        return None if isinstance(self.method, Exact) else self.method.tolerance
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the method is a choice among others that is made by measuring the operands."""
+        return isinstance(self.method, Split | Auto) and self.tolerance is not None

@@ -54,4 +54,33 @@ class Polynomial(SpecModel):
         return self
 
 
-Method = Annotated[Exact | Polynomial, Field(discriminator="kind")]
+class Split(SpecModel):
+    """The polynomial method for most tuples, the exact one for those that hold an outlier, merged by lse.
+
+    Outliers are the queries and keys whose typical scores stand far above their head's median; how far is chosen by
+    predicted cost, from none (polynomial alone) to all (exact alone).
+
+    Cost: that of `Polynomial` for the rest, and 2 n m1..mk (d + e) c / m_t flop for c outliers of mode t.
+    """
+
+    _example: ClassVar[Mapping[str, Any]] = {"tolerance": 1e-3}
+
+    kind: Literal["split"] = "split"
+    tolerance: Annotated[float, Field(gt=0, lt=1)]
+    """Largest allowed error, relative to the range of the value products."""
+    on_exceed: Literal["raise", "exact", "warn"] = "raise"
+    """What to do when the certificate misses the tolerance."""
+
+
+class Auto(SpecModel):
+    """The method that is predicted to be fastest: exact, polynomial or split for a tolerance, exact without one.
+
+    Cost: that of what is chosen; a tolerance that the choice misses is met by the exact method.
+    """
+
+    kind: Literal["auto"] = "auto"
+    tolerance: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Largest allowed error, relative to the range of the value products; None allows rounding only."""
+
+
+Method = Annotated[Exact | Polynomial | Split | Auto, Field(discriminator="kind")]

@@ -13,7 +13,7 @@ from korder.dispatch.arrays import checked_backend_name, each_mode, read_operand
 from korder.dispatch.request import make_request
 from korder.dispatch.run import Request
 from korder.errors import OperandError
-from korder.problem import ScoreStatistics
+from korder.problem import OutlierLevel, ScoreStatistics
 from korder.spec import AttentionSpec
 from korder.spi.operands import OperandGradients
 
@@ -126,8 +126,19 @@ def _bits(entries: Sequence[Any]) -> str:
 def _statistics_text(statistics: ScoreStatistics | None) -> str:
     if statistics is None:
         return ""
-    numbers = [statistics.score_low, statistics.score_high, statistics.half_width, statistics.rms]
-    return " ".join([repr(number) for number in numbers])
+    rows = [[statistics.score_low, statistics.score_high, statistics.half_width, statistics.rms]]
+    rows += [[x.threshold, len(x.keys), *x.keys, *x.missing] for x in statistics.levels]
+    return "|".join([" ".join([repr(number) for number in row]) for row in rows])
+
+
+def _read_statistics(text: str) -> ScoreStatistics:
+    first, *rows = (row.split() for row in text.split("|"))
+    low, high, half_width, rms = map(float, first)
+    levels = []
+    for threshold, count, *numbers in rows:
+        found = tuple(map(int, numbers))
+        levels.append(OutlierLevel(float(threshold), found[: int(count)], found[int(count) :]))
+    return ScoreStatistics(low, high, half_width, rms, tuple(levels))
 
 
 @lru_cache(maxsize=256)
@@ -143,7 +154,7 @@ def read_text(text: str) -> Layout:
         factors=int(factors),
         biases=tuple(bit == "1" for bit in biases[1:]),
         key_masks=tuple(bit == "1" for bit in masks[1:]),
-        statistics=ScoreStatistics(*map(float, known.split())) if known else None,
+        statistics=_read_statistics(known) if known else None,
         backend=backend,
     )
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from korder.dispatch.choosing import run_choice
 from korder.dispatch.prepare import Prepared
 from korder.dispatch.registry import default_registry
 from korder.dispatch.request import as_given, make_request, make_result
@@ -22,7 +23,7 @@ from korder.spec import AttentionSpec
 from korder.spi.operands import KernelOutput
 from korder.torch.calls import Packed, arguments_of, pack, request_of
 from korder.torch.composite import composite, has_tangents, in_transform
-from korder.torch.ops import CERTIFIED, attend_op, depends_on_data, prepared_for, require_static
+from korder.torch.ops import CERTIFIED, attend_op, depends_on_data, prepared_for, refuse_choice, require_static
 from korder.torch.transforms import Attend
 
 
@@ -63,6 +64,8 @@ def attend(
     if torch.compiler.is_dynamo_compiling():  # which must not be led into what only numbers can answer
         return _like_query(_run_op(packed, _autocast(packed.tensors))[0], query)
     tensors = _autocast(packed.tensors)
+    if _chooses(spec, tensors):
+        return _chosen(packed, tensors).output
     if has_tangents(tensors):
         return _like_query(_recorded(packed, tensors)[0], query)
     if _without_numbers(tensors):
@@ -94,11 +97,35 @@ def attend_result(
         output, lse = _run_op(packed, _autocast(packed.tensors))[:2]
         return Result(_like_query(output, query), _like_query(lse, query))
     tensors = _autocast(packed.tensors)
+    if _chooses(spec, tensors):
+        return _chosen(packed, tensors)
     if has_tangents(tensors) or _without_numbers(tensors):
         require_static(spec, statistics)
         found = _recorded(packed, tensors) if has_tangents(tensors) else _run_op(packed, tensors)
         return Result(_like_query(found[0], query), _like_query(found[1], query))
     return _result(packed, tensors, certify=True)
+
+
+def _chooses(spec: AttentionSpec | None, tensors: list[Tensor]) -> bool:
+    """Whether the method is to be chosen by the tensors' numbers, which then must be there.
+
+    Raises:
+        UnsupportedProblemError: They have none, or carry tangents.
+    """
+    if spec is None or not spec.chooses:
+        return False
+    if has_tangents(tensors) or _without_numbers(tensors):
+        refuse_choice(spec)
+    return True
+
+
+def _chosen(packed: Packed, tensors: list[Tensor]) -> Result:
+    """Run a method that chooses; its parts are calls of `attend_result`, recorded like any other."""
+    given, request = make_request(**arguments_of(tensors, packed.text, packed.offsets), measured=False)
+    if request.problem.statistics is None:
+        plain = make_request(**arguments_of([x.detach() for x in tensors], packed.text, packed.offsets))[1]
+        request = replace(request, problem=plain.problem)
+    return run_choice(default_registry(), attend_result, given, request)
 
 
 def _run_op(packed: Packed, tensors: list[Tensor]) -> list[Tensor]:

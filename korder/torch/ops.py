@@ -95,11 +95,13 @@ def prepared_for(request: Request, text: str, backward: bool) -> Prepared:
 
 def depends_on_data(spec: AttentionSpec | None) -> bool:
     """Return whether numbers decide what is computed."""
-    return spec is not None and spec.polynomial is not None and spec.polynomial.tolerance is not None
+    return spec is not None and spec.tolerance is not None
 
 
 def require_static(spec: AttentionSpec | None, statistics: ScoreStatistics | None) -> None:
     """Raise for what only numbers can decide."""
+    if spec is not None and spec.chooses:
+        refuse_choice(spec)
     if depends_on_data(spec) and statistics is None:
         raise UnsupportedProblemError(
             "a tolerance cannot be met while tensors are traced, because their numbers are not known.",
@@ -108,6 +110,17 @@ def require_static(spec: AttentionSpec | None, statistics: ScoreStatistics | Non
             got="a tolerance without statistics=",
             hint="with statistics the degree is chosen from them, and the certificate is not checked.",
         )
+
+
+def refuse_choice(spec: AttentionSpec) -> None:
+    """Raise: a method cannot be chosen by numbers that are not there."""
+    raise UnsupportedProblemError(
+        f"method {type(spec.method).__name__} chooses by the numbers of its operands, which traced tensors, and those "
+        "with tangents, do not give.",
+        code="needs-statistics",
+        expected="method=Exact(), or Polynomial(tolerance=...) with statistics= measured before with korder.measure",
+        got=f"method={spec.method.kind}",
+    )
 
 
 def planned_without_numbers(tensors: Sequence[Tensor], text: str, offsets: Sequence[int]) -> Request:

@@ -1,0 +1,306 @@
+"""Runs the methods that choose, `Split` and `Auto`: rank the plans by time, run the best, certify, fall back.
+
+Every part is an ordinary call of the door that the arrays came through, so that gradients flow as they do there.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from korder.dispatch.arrays import Given, namespace_of_kind, on_host
+from korder.dispatch.rates import predicted_seconds
+from korder.dispatch.registry import Registry
+from korder.dispatch.request import as_given
+from korder.dispatch.run import Request
+from korder.dispatch.select import Rejection, select
+from korder.errors import AccuracyError, AccuracyWarning, UnsupportedProblemError
+from korder.methods import merging, outliers
+from korder.methods.exact_certificates import certify_exact
+from korder.methods.tolerances import ToleranceCheck, meets_tolerance, missing_rows
+from korder.planning.candidates import candidate_plans
+from korder.planning.choices import POLYNOMIAL_SHARE, exact_parts, tried_degrees
+from korder.planning.exact import exact_plan
+from korder.planning.plan import Plan, SplitPlan
+from korder.planning.polynomial import polynomial_plan
+from korder.problem import Problem
+from korder.result import Provenance, Result
+from korder.spec import Auto, Exact, Full, Polynomial, Split
+from korder.spi.operands import KernelOutput, Operands
+
+Array = Any
+Attend = Callable[..., Result]
+"""`attend_result` of the door that a call came through."""
+SHOWN = 5
+"""Candidates that the notes of a plan name; the provenance names all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A plan with who would run its parts and how long that is expected to take."""
+
+    plan: Plan
+    backends: tuple[str, ...]
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.plan.name}: {self.seconds:.3g} s"
+
+
+def run_choice(registry: Registry, attend_result: Attend, given: Given, request: Request) -> Result:
+    """Return the result of a request whose method chooses, in the layout that the operands were given in.
+
+    Raises:
+        UnsupportedProblemError: Nothing can run any of the plans.
+        AccuracyError: The choice misses the tolerance and the method says to raise.
+    """
+    candidates, rejected = ranked(registry, request)
+    call = _Call(attend_result, request, candidates, tuple(rejected))
+    best, method = candidates[0], request.problem.spec.method
+    notes: tuple[str, ...] = ()
+    try:
+        result = call.run(best)
+    except AccuracyError as error:
+        exact = next((candidate for candidate in candidates if candidate.plan.method == "exact"), None)
+        if exact is None or not (isinstance(method, Auto) or method.on_exceed == "exact"):  # type: ignore[union-attr]
+            raise
+        notes = (f"{best.plan.name}: {error.message} next exact",)
+        result = call.run(exact)
+    return _as_given(given, call.described(result, notes))
+
+
+def ranked(registry: Registry, request: Request) -> tuple[list[Candidate], list[Rejection]]:
+    """Return the plans that something here can run, the fastest first, and who was turned down for which.
+
+    Raises:
+        UnsupportedProblemError: Nothing can run any of them.
+    """
+    found: list[Candidate] = []
+    rejected: list[Rejection] = []
+    refusal: UnsupportedProblemError | None = None
+    for plan in candidate_plans(request.problem):
+        try:
+            selections = [
+                select(registry, (part,), array_kind=request.array_kind, requested=request.backend)
+                for part in plan.parts or (plan,)
+            ]
+        except UnsupportedProblemError as error:
+            refusal = error
+            continue
+        backends = tuple(selection.backend.name for selection in selections)
+        rejected += [rejection for selection in selections for rejection in selection.rejected]
+        found.append(Candidate(plan, backends, predicted_seconds(plan, backends)))
+    if not found:
+        assert refusal is not None
+        raise refusal
+    return sorted(found, key=lambda candidate: candidate.seconds), list(dict.fromkeys(rejected))
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What the parts of one call have in common."""
+
+    attend_result: Attend
+    request: Request
+    candidates: list[Candidate]
+    rejected: tuple[Rejection, ...]
+
+    def run(self, candidate: Candidate) -> Result:
+        """Run a candidate; its arrays are in the kernel layout.
+
+        Raises:
+            AccuracyError: The tolerance is missed, and the method does not warn.
+        """
+        if candidate.plan.split is None:
+            return self._attend(self.request.operands, Exact())
+        return self._checked(self._split(candidate.plan, candidate.backends))
+
+    def described(self, result: Result, notes: tuple[str, ...]) -> Result:
+        """Return a result whose provenance says what there was to choose from."""
+        known = result.provenance
+        assert known is not None
+        listed = tuple(map(str, self.candidates))
+        shown = [f"predicted {text}" for text in listed[:SHOWN]]
+        plan = replace(known.plan, notes=(*known.plan.notes, *shown))
+        rejected = tuple(dict.fromkeys((*self.rejected, *known.rejected)))
+        return replace(result, provenance=Provenance(known.backend, plan, rejected, (*notes, *known.replanned), listed))
+
+    def _attend(self, operands: Operands, method: Exact | Polynomial, *, full: bool = False) -> Result:
+        """Call the door on operands in the kernel layout, positions given by their offsets."""
+        spec = self.request.problem.spec
+        mask = Full() if full or isinstance(spec.mask, Full) else spec.mask.model_copy(update={"align": None})
+        return self.attend_result(
+            operands.query,
+            operands.keys,
+            operands.values,
+            spec=spec.model_copy(update={"method": method, "mask": mask}),
+            weight=operands.weight,
+            biases=operands.biases,
+            key_masks=tuple(map(self._given_mask, operands.key_masks)),
+            query_offset=operands.query_offset,
+            key_offsets=operands.key_offsets,
+            backend=self.request.backend,
+        )
+
+    def _given_mask(self, mask: Array | None) -> Array | None:
+        """(b, 1, m), which all key heads share, as a user gives it: (b, m)."""
+        if mask is None or mask.shape[1] == self.request.problem.groups:
+            return mask
+        return namespace_of_kind(self.request.array_kind).reshape(mask, (mask.shape[0], mask.shape[2]))
+
+    def _split(self, plan: Plan, backends: tuple[str, ...]) -> Result:
+        """Run the parts of a split, merge them by lse, and compute the rows that miss exactly.
+
+        Where more rows miss than a higher degree would cost, that degree is tried first.
+        """
+        split, problem, tolerance = plan.split, self.request.problem, self.request.problem.spec.tolerance
+        assert split is not None
+        assert tolerance is not None
+        host, (known,) = on_host(self.request.array_kind, _detached(self.request.operands))
+        light, parts = self._without_outliers(split, known)
+        degree, notes = split.degree, []
+        while True:
+            error = outliers.expected_errors(host, light.problem, light.known, (degree,))[0]
+            hopeless = host.logical_not(error <= outliers.HOPELESS * POLYNOMIAL_SHARE * tolerance)
+            operands = outliers.without_queries(light.xp, light.operands, hopeless)
+            whole = self._merged([self._attend(operands, Polynomial(degree=degree)), *parts])
+            (certificate,) = on_host(self.request.array_kind, whole.certificate)[1]
+            missing = host.logical_or(hopeless, missing_rows(host, certificate, known, tolerance))
+            count = outliers.largest_count(host, missing)
+            better = self._higher(light.problem, degree, count, backends)
+            if not better:
+                break
+            notes.append(f"degree {degree} leaves {count} rows a head; next degree {better}")
+            degree = better
+        if count:
+            notes.append(f"degree {degree} leaves {count} rows a head, computed exactly")
+            gathered = outliers.of_queries(light.xp, problem, self.request.operands, missing, count)
+            whole = _with_rows(light.xp, whole, self._exact(gathered, full=True), missing)
+        assert whole.provenance is not None
+        return replace(whole, provenance=replace(whole.provenance, plan=plan, replanned=tuple(notes)))
+
+    def _without_outliers(self, split: SplitPlan, known: Operands) -> tuple[_Light, list[Result]]:
+        """Return what is left when outlying keys are set aside, and the results of the tuples that hold one."""
+        request = self.request
+        xp = namespace_of_kind(request.array_kind)
+        if not any(split.keys):
+            return _Light(xp, request.problem, request.operands, known), []
+        host, _ = on_host(request.array_kind)
+        sizes = outliers.typical_sizes(host, request.problem, known)
+        found = outliers.outlying_keys(host, sizes, split.threshold)
+        parts = [
+            self._exact(outliers.with_outlier(xp, request.problem, request.operands, found, t, count))
+            for t, count in enumerate(split.keys)
+            if count
+        ]
+        masked = replace(request.problem, key_masks=(True,) * request.problem.order)
+        rest = outliers.without_keys(xp, request.operands, found)
+        return _Light(xp, masked, rest, outliers.without_keys(host, known, found)), parts
+
+    def _merged(self, parts: list[Result]) -> Result:
+        """Return parts over disjoint sets of tuples as one; the certificate has no graph."""
+        if len(parts) == 1:
+            return parts[0]
+        xp = namespace_of_kind(self.request.array_kind)
+        output, lse = merging.merge_outputs(xp, [part.output for part in parts], [part.lse for part in parts])
+        plain = [_detached(part) for part in parts]
+        certificate = merging.merge_certificates(xp, plain, lse.detach() if hasattr(lse, "detach") else lse)
+        return Result(output, lse, certificate, parts[0].provenance)
+
+    def _higher(self, problem: Problem, degree: int, rows: int, backends: tuple[str, ...]) -> int:
+        """Return the next degree if it is expected to cost less than the rows that this one leaves, else 0."""
+        following = degree + 2
+        if not rows or following not in tried_degrees(problem.score_width):
+            return 0
+        try:
+            again = predicted_seconds(polynomial_plan(problem, following), backends[:1])
+            exactly = predicted_seconds(exact_plan(exact_parts(problem, (), rows)[0]), backends[-1:])
+        except UnsupportedProblemError:
+            return 0
+        return following if again < exactly else 0
+
+    def _exact(self, operands: Operands, *, full: bool = False) -> Result:
+        """Run a part exactly and certify its rounding."""
+        result = self._attend(operands, Exact(), full=full)
+        assert result.provenance is not None
+        problem = result.provenance.plan.problem
+        host, (known, output) = on_host(
+            self.request.array_kind, _detached(operands), _detached(KernelOutput(result.output, result.lse))
+        )
+        return replace(result, certificate=certify_exact(host, problem, known, output))
+
+    def _checked(self, whole: Result) -> Result:
+        """Return the result; raise, or warn, where its certificate misses the tolerance."""
+        method, problem = self.request.problem.spec.method, self.request.problem
+        assert isinstance(method, Split | Auto)
+        assert method.tolerance is not None
+        host, (operands, certificate) = on_host(
+            self.request.array_kind, _detached(self.request.operands), whole.certificate
+        )
+        check = meets_tolerance(host, certificate, operands, method.tolerance)
+        if check.met:
+            return whole
+        error = _missed(problem, method.tolerance, check)
+        if isinstance(method, Split) and method.on_exceed == "warn":
+            warnings.warn(str(error), AccuracyWarning, stacklevel=5)
+            return whole
+        raise error
+
+
+@dataclass(frozen=True, slots=True)
+class _Light:
+    """What the polynomial method is given: the operands, and `known`, the same without a graph, on the host."""
+
+    xp: Any
+    problem: Problem
+    operands: Operands
+    known: Operands
+
+
+def _missed(problem: Problem, tolerance: float, check: ToleranceCheck) -> AccuracyError:
+    hint = 'use method Exact(), on_exceed="exact", a smaller scale, or a larger tolerance.'
+    if check.rounding_alone:
+        hint = f'rounding in {problem.accumulation} alone misses it: use policy precision="float64", or ' + hint[4:]
+    return AccuracyError(
+        f"polynomial and exact parts together miss tolerance {tolerance:g}.",
+        expected=f"approximation and rounding within {tolerance:g} of the value range",
+        got=str(check),
+        hint=hint,
+    )
+
+
+def _with_rows(xp: Any, whole: Result, rows: Result, found: Array) -> Result:
+    """Return a result with the found rows taken from another one."""
+    known, other = whole.certificate, rows.certificate
+    assert known is not None
+    assert other is not None
+    names = ("bound", "approximation", "rounding", "lse_bound", "score_range")
+    joined = {name: outliers.spread_rows(xp, getattr(other, name), found, getattr(known, name)) for name in names}
+    return replace(
+        whole,
+        output=outliers.spread_rows(xp, rows.output, found, whole.output),
+        lse=outliers.spread_rows(xp, rows.lse, found, whole.lse),
+        certificate=replace(known, kind="merged", **joined),
+    )
+
+
+def _detached(record: Any) -> Any:
+    """Return a record whose tensors have no graph: what is measured of them is a constant."""
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return tuple(map(plain, x))
+        return x.detach() if hasattr(x, "detach") else x
+
+    return replace(record, **{field.name: plain(getattr(record, field.name)) for field in fields(record)})
+
+
+def _as_given(given: Given, result: Result) -> Result:
+    """Return a result in the leading axes of the query."""
+    certificate = result.certificate
+    if certificate is not None:
+        names = ("bound", "approximation", "rounding", "lse_bound", "score_range")
+        certificate = replace(certificate, **{name: as_given(given, getattr(certificate, name)) for name in names})
+    return Result(as_given(given, result.output), as_given(given, result.lse), certificate, result.provenance)

@@ -1,0 +1,111 @@
+"""How fast backends do the kinds of work that plans count: a shipped table, and one that a machine measured of itself.
+
+Rates rank plans and nothing else; a wrong one costs time, never accuracy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from math import isfinite
+from pathlib import Path
+
+from korder.errors import SpecError
+from korder.planning.plan import Plan
+
+FILE_VARIABLE = "KORDER_RATES"
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What a backend does in a second, and what a call costs before it does anything."""
+
+    exact: float
+    """Flop of the exact method."""
+    exponentials: float
+    """Exponentials of the exact method, beside its flop."""
+    polynomial: float
+    """Flop of the polynomial method under the full mask."""
+    running: float
+    """Flop of the polynomial method where states run along with the rows."""
+    call: float
+    """Seconds of a call with no work in it, certificates included."""
+
+
+SHIPPED: Mapping[str, Rates] = {
+    # measured on 2 cores with AVX2 by `korder bench --calibrate`, two digits
+    "numpy": Rates(exact=6.0e10, exponentials=4.0e8, polynomial=2.6e10, running=5.0e8, call=6e-4),
+    "torch": Rates(exact=8.0e10, exponentials=2.0e9, polynomial=2.3e10, running=1.0e9, call=2e-3),
+    "cuda": Rates(exact=1.0e13, exponentials=1.0e12, polynomial=1.0e12, running=1.0e10, call=2e-2),
+    "jax": Rates(exact=5.0e10, exponentials=1.0e9, polynomial=2.0e10, running=1.0e9, call=2e-3),
+}
+OTHERS = SHIPPED["numpy"]
+"""For a backend that nobody measured."""
+
+
+def rates_file() -> Path:
+    """Return where the machine's own rates are kept: `KORDER_RATES`, or a file in the user's configuration."""
+    named = os.environ.get(FILE_VARIABLE)
+    if named:
+        return Path(named)
+    base = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
+    return Path(base) / "korder" / "rates.json"
+
+
+def rates_of(backend: str) -> Rates:
+    """Return the rates of a backend: measured here, shipped, or those of NumPy."""
+    path = rates_file()
+    stamp = path.stat().st_mtime_ns if path.is_file() else 0
+    return _measured(path, stamp).get(backend) or SHIPPED.get(backend, OTHERS)
+
+
+@lru_cache(maxsize=4)
+def _measured(path: Path, stamp: int) -> dict[str, Rates]:
+    """Return what the file holds; `stamp` is when it was written, 0 for no file."""
+    return read_rates(path) if stamp else {}
+
+
+def read_rates(path: Path) -> dict[str, Rates]:
+    """Return the rates by backend that a file holds.
+
+    Raises:
+        SpecError: Not a table of positive numbers, one per field of `Rates`.
+    """
+    names = {field.name for field in fields(Rates)}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        found = {str(backend): Rates(**{name: float(row[name]) for name in names}) for backend, row in data.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _unreadable(path, f"{type(error).__name__}: {error}") from None
+    for backend, rates in found.items():
+        wrong = [name for name, value in asdict(rates).items() if not (isfinite(value) and value > 0.0)]
+        if wrong:
+            raise _unreadable(path, f"{backend}.{wrong[0]} = {getattr(rates, wrong[0])!r}")
+    return found
+
+
+def _unreadable(path: Path, got: str) -> SpecError:
+    return SpecError(
+        f"{path} does not hold machine rates.",
+        code="rates-invalid",
+        expected="a JSON object: backend -> exact, exponentials, polynomial, running, call, all positive",
+        got=got,
+        hint="`korder bench --calibrate` writes it anew; without it the shipped table is used.",
+    )
+
+
+def predicted_seconds(plan: Plan, backends: tuple[str, ...]) -> float:
+    """Return how long a plan is expected to take; `backends` are those of its parts, or its own."""
+    total = 0.0
+    for part, backend in zip(plan.parts or (plan,), backends, strict=True):
+        rates, cost = rates_of(backend), part.cost
+        if part.polynomial is None:
+            work = cost.flops / rates.exact + cost.exponentials / rates.exponentials
+        else:
+            full = part.problem.spec.mask.kind == "full"
+            work = cost.flops / (rates.polynomial if full else rates.running)
+        total += rates.call + work
+    return total
