@@ -50,7 +50,7 @@ def test_environment_variables_are_documented() -> None:
     code = "\n".join(path.read_text() for path in MODULES)
     pages = "\n".join(path.read_text() for path in PAGES)
     variables = set(re.findall(r"KORDER_[A-Z_]+", code))
-    assert variables == {"KORDER_BACKEND", "KORDER_DISABLE_PLUGINS", "KORDER_STRICT_PLUGINS"}
+    assert variables == {"KORDER_BACKEND", "KORDER_DISABLE_PLUGINS", "KORDER_RATES", "KORDER_STRICT_PLUGINS"}
     assert all(variable in pages for variable in variables)
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from korder.spec import AttentionSpec, Causal, Exact, Full, Ordered, Policy, Polynomial, Window
+from korder.spec import AttentionSpec, Auto, Causal, Exact, Full, Ordered, Policy, Polynomial, Split, Window
 from korder.spec.runs import (
     ArraysData,
     AttendOutput,
@@ -29,7 +29,7 @@ from korder.spec.runs import (
 DOC = Path(__file__).parents[1] / "docs" / "configs.md"
 MODELS: tuple[type[BaseModel], ...] = (
     AttendRun, BenchmarkRun, ArraysData, RandomData, SetCardsData, TextData, AttentionSpec, Full, Causal, Window,
-    Ordered, Exact, Polynomial, Policy, Output, AttendOutput,
+    Ordered, Exact, Polynomial, Split, Auto, Policy, Output, AttendOutput,
 )  # fmt: skip
 
 

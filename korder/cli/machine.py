@@ -116,10 +116,15 @@ def bench(
     backend: Annotated[
         str | None, typer.Option("--backend", help="Measure this backend; torch has rows of its own.")
     ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure what Split and Auto predict with, and keep it for this user.")
+    ] = False,
     form: FormatOption = Format.text,
 ) -> None:
     """Measure speed and memory against the machine's own limits; no speed without equal outputs."""
     with reported(form):
+        if calibrate:
+            calibrate_machine(file, quick or bool(rows) or backend is not None, form)
         from korder.spec.files import read_run
         from korder.spec.runs import parse_run
 
@@ -137,6 +142,26 @@ def bench(
                 hint="`korder run FILE` runs it.",
             )
         run_benchmark(run, form)
+
+
+def calibrate_machine(file: Path | None, others: bool, form: Format) -> None:
+    """Measure the rates of this machine, print them and write them where predictions look."""
+    from dataclasses import asdict
+
+    from korder.experiments.calibrate import calibrate, write_rates
+
+    if file is not None or others:
+        raise SpecError("--calibrate stands alone.", expected="korder bench --calibrate", got="other options beside it")
+    with TerminalProgress() as progress:
+        rates = calibrate(progress)
+    path = write_rates(rates)
+    if form is Format.json:
+        print_json({"rates": {name: asdict(found) for name, found in rates.items()}, "files": [str(path)]})
+    else:
+        for name, found in rates.items():
+            typer.echo(f"{name}: " + ", ".join(f"{kind} {value:g}" for kind, value in asdict(found).items()))
+        typer.echo(f"\nwritten: {path}")
+    raise typer.Exit(DONE)
 
 
 def run_benchmark(run: BenchmarkRun, form: Format) -> None:

@@ -55,12 +55,12 @@ def run_file(
 def plan_file(
     file: FileArgument,
     overrides: SetOption = None,
-    backend: BackendOption = None,
+    named: BackendOption = None,
     form: FormatOption = Format.text,
 ) -> None:
     """Say how a file would be computed, at which cost and by whom; nothing is computed."""
     with reported(form):
-        run = _attend_only(_read(file, overrides, backend), "plan")
+        run = _attend_only(_read(file, overrides, named), "plan")
         from korder.dispatch.registry import default_registry
         from korder.dispatch.select import select
         from korder.experiments.attend import plans_of
@@ -70,19 +70,27 @@ def plan_file(
         with TerminalProgress() as progress:
             progress.stage("measuring the scores")
             plans = plans_of(run, placement)
-        chosen = select(default_registry(), plans, array_kind=placement.kind, requested=run.backend)
-        regime = _regime_of(chosen.plan.problem)
+        problem = plans[0].problem
+        if run.attention.chooses:
+            from korder.dispatch.choosing import ranked
+
+            candidates, turned_down = ranked(default_registry(), problem, placement.kind, run.backend)
+            plans, rank = tuple(candidate.plan for candidate in candidates), 0
+            backend, label = ", ".join(dict.fromkeys(candidates[0].backends)), "or"
+        else:
+            chosen = select(default_registry(), plans, array_kind=placement.kind, requested=run.backend)
+            backend, rank, turned_down = chosen.backend.name, chosen.rank, list(chosen.rejected)
+            label = "if that does not do"
+        regime = _regime_of(problem)
         if form is Format.json:
-            rejected = [str(rejection) for rejection in chosen.rejected]
-            found = {"backend": chosen.backend.name, "chosen": chosen.rank, "rejected": rejected}
+            found = {"backend": backend, "chosen": rank, "rejected": list(map(str, turned_down))}
             theory = None if regime is None else asdict(regime)
             print_json({**found, "plans": [_plan_record(plan) for plan in plans], "regime": theory})
             return
-        typer.echo(chosen.plan.explain())
-        typer.echo(f"\nbackend: {chosen.backend.name}")
-        others = [plan for rank, plan in enumerate(plans) if rank != chosen.rank]
-        for plan in others:
-            typer.echo(f"if that does not do: {_plan_line(plan)}")
+        typer.echo(plans[rank].explain())
+        typer.echo(f"\nbackend: {backend}")
+        for plan in (*plans[:rank], *plans[rank + 1 :]):
+            typer.echo(f"{label}: {_plan_line(plan)}")
         if regime is not None:
             typer.echo(f"\nregime of entries that reach these scores:\n{regime.explain()}")
 
@@ -174,8 +182,7 @@ def _regime_of(problem: Problem) -> Regime | None:
 def _plan_line(plan: Plan) -> str:
     from korder.planning.explain import count, size
 
-    degree = "" if plan.polynomial is None else f" of degree {plan.polynomial.degree}"
-    return f"{plan.method}{degree}, {count(plan.cost.flops)} flop, {size(plan.cost.peak_memory)}"
+    return f"{plan.name}, {count(plan.cost.flops)} flop, {size(plan.cost.peak_memory)}"
 
 
 def _report_text(report: Report, files: list[Path]) -> str:

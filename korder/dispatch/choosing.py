@@ -56,7 +56,7 @@ def run_choice(registry: Registry, attend_result: Attend, given: Given, request:
         UnsupportedProblemError: Nothing can run any of the plans.
         AccuracyError: The choice misses the tolerance and the method says to raise.
     """
-    candidates, rejected = ranked(registry, request)
+    candidates, rejected = ranked(registry, request.problem, request.array_kind, request.backend)
     call = _Call(attend_result, request, candidates, tuple(rejected))
     best, method = candidates[0], request.problem.spec.method
     notes: tuple[str, ...] = ()
@@ -71,7 +71,9 @@ def run_choice(registry: Registry, attend_result: Attend, given: Given, request:
     return _as_given(given, call.described(result, notes))
 
 
-def ranked(registry: Registry, request: Request) -> tuple[list[Candidate], list[Rejection]]:
+def ranked(
+    registry: Registry, problem: Problem, array_kind: str, requested: str = "auto"
+) -> tuple[list[Candidate], list[Rejection]]:
     """Return the plans that something here can run, the fastest first, and who was turned down for which.
 
     Raises:
@@ -80,11 +82,10 @@ def ranked(registry: Registry, request: Request) -> tuple[list[Candidate], list[
     found: list[Candidate] = []
     rejected: list[Rejection] = []
     refusal: UnsupportedProblemError | None = None
-    for plan in candidate_plans(request.problem):
+    for plan in candidate_plans(problem):
         try:
             selections = [
-                select(registry, (part,), array_kind=request.array_kind, requested=request.backend)
-                for part in plan.parts or (plan,)
+                select(registry, (part,), array_kind=array_kind, requested=requested) for part in plan.parts or (plan,)
             ]
         except UnsupportedProblemError as error:
             refusal = error

@@ -1,0 +1,114 @@
+"""Measures what `Split` and `Auto` predict with: how fast the backends of this machine do each kind of work."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from korder import api
+from korder.dispatch.rates import Rates, rates_file
+from korder.errors import OperandError
+from korder.experiments.progress import Progress
+from korder.planning.plan import Plan
+from korder.spec import AttentionSpec, Causal, Exact, Polynomial
+
+Operands = tuple[Any, tuple[Any, ...], tuple[Any, ...]]
+REPEATS = 5
+MAKERS: dict[str, Callable[[np.ndarray], Any]] = {"numpy": lambda array: array, "torch": lambda array: _tensor(array)}
+"""How each backend that is measured takes an array; one that is not installed is left out."""
+
+
+def _tensor(array: np.ndarray) -> Any:
+    import torch
+
+    return torch.from_numpy(array)
+
+
+def calibrate(progress: Progress | None = None) -> dict[str, Rates]:
+    """Return the rates of the installed backends that run on the CPU, two digits each.
+
+    Cost:  some ten seconds a backend.
+    """
+    progress = progress or Progress()
+    usable = {status.name for status in api.backends() if status.available}
+    found = {}
+    for backend, maker in MAKERS.items():
+        if backend in usable:
+            progress.stage(f"measuring {backend}")
+            found[backend] = _rates(backend, maker)
+    return found
+
+
+def _rates(backend: str, maker: Callable[[np.ndarray], Any]) -> Rates:
+    small = AttentionSpec(order=2, method=Polynomial(degree=2), scale=0.1)
+    call, _ = _timed(backend, maker, small, n=8, width=4)
+    exact, exact_plan = _timed(backend, maker, AttentionSpec(order=2, method=Exact()), n=240, width=64)
+    thin, thin_plan = _timed(backend, maker, AttentionSpec(order=2, method=Exact()), n=160, width=1)
+    full = AttentionSpec(order=2, method=Polynomial(degree=4), scale=0.1)
+    polynomial, polynomial_plan = _timed(backend, maker, full, n=4096, width=16)
+    causal = AttentionSpec(order=2, method=Polynomial(degree=2), scale=0.1, mask=Causal())
+    running, running_plan = _timed(backend, maker, causal, n=512, width=16)
+
+    def rate(work: float, seconds: float) -> float:
+        return float(f"{work / max(seconds - call, 0.1 * seconds):.1e}")
+
+    exponentials = rate(thin_plan.cost.exponentials, thin)
+    products = max(exact - exact_plan.cost.exponentials / exponentials, 0.2 * exact)
+    return Rates(
+        exact=rate(exact_plan.cost.flops, products),
+        exponentials=exponentials,
+        polynomial=rate(polynomial_plan.cost.flops, polynomial),
+        running=rate(running_plan.cost.flops, running),
+        call=float(f"{call:.1e}"),
+    )
+
+
+def _timed(
+    backend: str, maker: Callable[[np.ndarray], Any], spec: AttentionSpec, *, n: int, width: int
+) -> tuple[float, Plan]:
+    """Return the median seconds of a call after a first one, and its plan."""
+    rng = np.random.default_rng(0)
+    query, *rest = (maker(rng.normal(size=(n, width)).astype("float32")) for _ in range(2 * spec.order + 1))
+    operands = (query, tuple(rest[: spec.order]), tuple(rest[spec.order :]))
+    result = api.attend_result(*operands, spec=spec, backend=backend)
+    seconds = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        api.attend_result(*operands, spec=spec, backend=backend)
+        seconds.append(time.perf_counter() - start)
+    assert result.provenance is not None
+    return statistics.median(seconds), result.provenance.plan
+
+
+def write_rates(rates: dict[str, Rates], path: Path | None = None) -> Path:
+    """Write rates where predictions look for them, whole or not at all; return the file.
+
+    Raises:
+        OperandError: The file cannot be written.
+    """
+    path = path or rates_file()
+    text = json.dumps({backend: asdict(found) for backend, found in rates.items()}, indent=2) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(name, path)
+    except OSError as error:
+        raise OperandError(
+            f"the rates cannot be written to {path}.",
+            code="rates-not-written",
+            expected="a directory that can be written to",
+            got=f"{type(error).__name__}: {error.strerror or error}",
+            hint="KORDER_RATES names another file.",
+        ) from None
+    return path
