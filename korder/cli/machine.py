@@ -51,7 +51,7 @@ def _status_record(status: BackendStatus) -> dict[str, Any]:
 
 
 def _method_record(method: MethodSupport) -> dict[str, Any]:
-    sets = {name: sorted(getattr(method, name)) for name in ("masks", "biases", "weights")}
+    sets = {name: sorted(getattr(method, name)) for name in ("masks", "biases", "weights", "closed_form")}
     return {**sets, "key_masks": method.key_masks, "backward": method.backward}
 
 

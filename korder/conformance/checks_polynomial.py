@@ -15,7 +15,7 @@ from korder.conformance.arrays import ArrayKind
 from korder.conformance.cases import Case
 from korder.conformance.checks_gradient import compare_gradients, differentiable, upstream
 from korder.conformance.checks_value import MASK_OFFSETS, sum_dtype
-from korder.conformance.claims import Claims, combinations, everything, variants, with_spec
+from korder.conformance.claims import DEGREES, Claims, combinations, everything, variants, with_spec
 from korder.conformance.limits import CENTRE, GRADIENT, MAGNITUDE, agree, as_dtype, require, unit, within_ratio
 from korder.conformance.oracle import WAYS, answer, narrowed
 from korder.conformance.polynomial_truth import Truth, centre_of, transform_of, truth_of
@@ -164,7 +164,7 @@ def residuals_fix_statistics(subject: Subject, case: Case) -> None:
 
 
 def backward_matches(subject: Subject, case: Case) -> None:
-    """Gradients are those of the polynomial with its centre held constant."""
+    """Gradients are those that the plan names: of the polynomial with its centre held constant, or the closed form."""
     pair = upstream(case)
     found, given = subject.backward(case, *pair)
     transform = transform_of(case, found)
@@ -233,6 +233,39 @@ def _backward(claims: Claims) -> Iterable[Case]:
         for case in _cases(claims):
             if claims.full or "offsets" not in case.name:
                 yield case
+
+
+def _closed_form(claims: Claims) -> Iterable[Case]:
+    """Yield what the closed form of the gradient is claimed for: every variant, other degrees and coefficients."""
+    support = claims.method("polynomial")
+    masks = [
+        mask for mask in _claimed(claims) if support is not None and support.backward and mask in support.closed_form
+    ]
+    spec = {"gradient": "closed_form"}
+    for mask in masks:
+        for order in claims.orders(*ORDERS):
+            method: dict[str, Any] = {"method": Polynomial(degree=DEGREES[order], **spec)}
+            for label, options in variants(claims, "polynomial").items():
+                if order == 2 or not label or claims.full:
+                    yield claims.case(
+                        f"closed form {label}", order, method="polynomial", mask=mask, spec=method, **options
+                    )
+        for order in claims.orders(2):
+            for degree in (0, 1, 5):
+                other = {"method": Polynomial(degree=degree, **spec)}
+                label = f"closed form degree={degree}"
+                yield claims.case(label, order, method="polynomial", mask=mask, spec=other, query_width=3)
+            minimax = {"method": Polynomial(degree=3, coefficients="minimax", interval=2.0, **spec)}
+            yield claims.case("closed form minimax", order, method="polynomial", mask=mask, spec=minimax)
+            together = {
+                "spec": {"method": Polynomial(degree=DEGREES[order], **spec)},
+                **everything(claims, "polynomial"),
+            }
+            for dtype in claims.dtypes:
+                if claims.accumulates(dtype):
+                    yield claims.case(
+                        "closed form everything", order, method="polynomial", mask=mask, dtype=dtype, **together
+                    )
 
 
 def _few_cases(claims: Claims) -> Iterable[Case]:
@@ -307,5 +340,12 @@ CHECKS = (
         "A sum that is not positive raises an ArithmeticError.",
         sum_is_positive,
         _negative,
+    ),
+    _check(
+        "C5.9",
+        "polynomial.closed_form",
+        "Where the closed form of gradients is asked for, they are the exact method's with the polynomial's weights.",
+        backward_matches,
+        _closed_form,
     ),
 )
