@@ -157,8 +157,8 @@ def backward(
 ) -> OperandGradients:
     """Return the gradients that `needs` names.
 
-    Cost:      4 (k + 1) n r (e + 1) flop, twice forward's; features are built again. The closed form adds
-               2 (2 k + 1) n r' (e + 1) for the r' features of a degree more, less what both have.
+    Cost:      4 (k + 1) n r (e + 1) flop, twice forward's; features are built again. With the r' features of a degree
+               more, the closed form costs 4 (k + 1) n r' (e + 1) + 2 n r (e + 1).
     Numerics:  as forward; centre, column scales and bias maxima come from the saved residuals.
     """
     xp, problem = kernel.xp, kernel.problem

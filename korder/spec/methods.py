@@ -37,7 +37,7 @@ class Polynomial(SpecModel):
     on_exceed: Literal["raise", "exact", "warn"] = "raise"
     """What to do when the certificate misses the tolerance."""
     gradient: Literal["consistent", "closed_form"] = "consistent"
-    """"consistent", of what was computed, or "closed_form", softmax's with the polynomial's weights; full mask only."""
+    """"consistent", of the function computed, or "closed_form", softmax's with the polynomial's weights; full mask."""
     estimate_rows: Annotated[int, Field(ge=0, strict=True), AsInteger] = 0
     """Rows computed exactly as well, for an estimate of the error beside the certificate."""
 
