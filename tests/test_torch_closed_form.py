@@ -110,17 +110,20 @@ def test_second_derivatives_of_some_operands_through_the_output_alone() -> None:
     agree(*parts)
 
 
-def test_transforms() -> None:
+@pytest.mark.parametrize("gradient", ["closed_form", "consistent"])
+def test_transforms(gradient: str) -> None:
     of_output, _ = upstream()
 
     def gradients(*given: Any) -> tuple[Any, ...]:
-        return torch.func.vjp(lambda *x: attention(*x)[0], *given)[1](of_output)  # type: ignore[no-any-return]
+        pull = torch.func.vjp(lambda *x: attention(*x, gradient=gradient)[0], *given)[1]
+        return pull(of_output)  # type: ignore[no-any-return]
 
     many, shared = operands(3)[:5], operands(3)[5:]
     found = torch.func.vmap(gradients, in_dims=(0,) * 5 + (None,) * 3)(*many, *shared)
     for place in range(3):
-        own = tuple(x[place] for x in many)
-        agree(tuple(x[place] for x in found), explicit(of_output, torch.zeros(5).double(), *own, *shared))
+        given = (*(x[place] for x in many), *shared)
+        wanted = explicit(of_output, torch.zeros(5).double(), *given, closed=gradient == "closed_form")
+        agree(tuple(x[place] for x in found), wanted)
 
 
 def test_forward_mode_is_refused() -> None:

@@ -15,7 +15,7 @@ from korder.conformance.arrays import ArrayKind
 from korder.conformance.cases import Case
 from korder.conformance.checks_gradient import compare_gradients, differentiable, upstream
 from korder.conformance.checks_value import MASK_OFFSETS, sum_dtype
-from korder.conformance.claims import DEGREES, Claims, combinations, everything, variants, with_spec
+from korder.conformance.claims import Claims, combinations, everything, variants, with_spec
 from korder.conformance.limits import CENTRE, GRADIENT, MAGNITUDE, agree, as_dtype, require, unit, within_ratio
 from korder.conformance.oracle import WAYS, answer, narrowed
 from korder.conformance.polynomial_truth import Truth, centre_of, transform_of, truth_of
@@ -236,36 +236,13 @@ def _backward(claims: Claims) -> Iterable[Case]:
 
 
 def _closed_form(claims: Claims) -> Iterable[Case]:
-    """Yield what the closed form of the gradient is claimed for: every variant, other degrees and coefficients."""
+    """Yield the same cases with the closed form, where that is claimed."""
     support = claims.method("polynomial")
-    masks = [
-        mask for mask in _claimed(claims) if support is not None and support.backward and mask in support.closed_form
-    ]
-    spec = {"gradient": "closed_form"}
-    for mask in masks:
-        for order in claims.orders(*ORDERS):
-            method: dict[str, Any] = {"method": Polynomial(degree=DEGREES[order], **spec)}
-            for label, options in variants(claims, "polynomial").items():
-                if order == 2 or not label or claims.full:
-                    yield claims.case(
-                        f"closed form {label}", order, method="polynomial", mask=mask, spec=method, **options
-                    )
-        for order in claims.orders(2):
-            for degree in (0, 5):
-                other = {"method": Polynomial(degree=degree, **spec)}
-                label = f"closed form degree={degree}"
-                yield claims.case(label, order, method="polynomial", mask=mask, spec=other, query_width=3)
-            minimax = {"method": Polynomial(degree=3, coefficients="minimax", interval=2.0, **spec)}
-            yield claims.case("closed form minimax", order, method="polynomial", mask=mask, spec=minimax)
-            together = {
-                "spec": {"method": Polynomial(degree=DEGREES[order], **spec)},
-                **everything(claims, "polynomial"),
-            }
-            for dtype in claims.dtypes:
-                if claims.accumulates(dtype):
-                    yield claims.case(
-                        "closed form everything", order, method="polynomial", mask=mask, dtype=dtype, **together
-                    )
+    for case in _backward(claims):
+        method = case.spec.polynomial
+        if support is not None and method is not None and case.spec.mask.kind in support.closed_form:
+            closed = with_spec(case, method=method.model_copy(update={"gradient": "closed_form"}))
+            yield replace(closed, name=f"{case.name} closed form")
 
 
 def _few_cases(claims: Claims) -> Iterable[Case]:

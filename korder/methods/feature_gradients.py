@@ -175,6 +175,7 @@ def backward(
         if problem.spec.mask.kind == "causal":
             from korder.methods.running_gradients import causal_plane_backward
 
+            assert len(kernels) == 1, "capabilities refuse the closed form under this mask"
             causal_plane_backward(kernel, operands, plane, statistics, rows, store)
         else:
             _plane_backward(kernels, plane, statistics, rows, store, needs)
