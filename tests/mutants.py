@@ -193,6 +193,17 @@ def ungrouped(plan: Plan, make: Callable[[Plan], Any]) -> Any:
     return ForwardOf(make(wide), make(plan))
 
 
+def with_gradient(option: str) -> Any:
+    """A kernel whose backward takes another option than the plan's, where the mask allows it."""
+
+    def compiled(plan: Plan, make: Callable[[Plan], Any]) -> Any:
+        if plan.polynomial is None or plan.problem.spec.mask.kind != "full":
+            return make(plan)
+        return make(replace(plan, polynomial=replace(plan.polynomial, gradient=option)))
+
+    return compiled
+
+
 def polynomial_values(change: Callable[[tuple[float, ...]], tuple[float, ...]]) -> Any:
     def compiled(plan: Plan, make: Callable[[Plan], Any]) -> Any:
         if plan.polynomial is None:

@@ -20,7 +20,7 @@ from korder.spi import (
     PolynomialKernel,
     Reason,
 )
-from tests.mutants import Mutant, after, after_backward, polynomial_values
+from tests.mutants import Mutant, after, after_backward, polynomial_values, with_gradient
 
 Array = Any
 
@@ -241,6 +241,14 @@ CONTRACT: dict[str, Mutant] = {
     ),
     "negative sum passes": Mutant(
         "a sum that is not positive is divided by", ("polynomial.positive",), facts={"polynomial_kernel": Unchecked}
+    ),
+    "closed form ignored": Mutant(
+        "the gradient is consistent where the closed form was asked for", ("polynomial.closed_form",),
+        compiled=with_gradient("consistent"),
+    ),
+    "closed form always": Mutant(
+        "the gradient is the closed form where the consistent one was asked for", ("polynomial.gradient",),
+        compiled=with_gradient("closed_form"),
     ),
     "input changed": Mutant(
         "the query is scaled in place", ("contract.inputs",), scales_in_place

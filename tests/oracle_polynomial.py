@@ -5,6 +5,7 @@ Shares no code with kernels: scores are built by broadcasting over tuples, -inf 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -141,3 +142,97 @@ def dense_polynomial(
     moments = np.stack([(weights * centred**m).sum(-1) / safe for m in range(len(coefficients))], axis=-1)
     lse = np.where(count == 0, -np.inf, centre + np.log(divisor))
     return {"output": output, "lse": lse, "moments": moments, "mean": total / safe, "condition": sizes / divisor}
+
+
+def dense_gradients(
+    case: Case,
+    weight: Callable[[Array], Array],
+    slope: Callable[[Array], Array],
+    centre: Array,
+    grads: tuple[Array, Array | None],
+    dtype: Any = np.longdouble,
+) -> dict[str, Array]:
+    """Return gradients by operand, from the weight of a tuple and its derivative by the score, both of x - centre.
+
+    With the derivative of the weight they are those of the function computed; with the weight itself in its place they
+    are softmax's with other weights.
+
+    Args:
+        case: The problem.
+        weight: Of an array of centred scores.
+        slope: The same.
+        centre: (b, h, n).
+        grads: Those of output (b, h, n, e) and lse (b, h, n); None counts as zeros.
+        dtype: What all is computed in.
+    """
+    scores, bias = dense_scores(case, dtype)
+    centred, products = scores - centre[..., None].astype(dtype), value_products(case, dtype)
+    open_weights = np.where(bias == -np.inf, 0, np.exp(np.where(bias == -np.inf, 0, bias)))
+    output, total = weighted_answer(open_weights * weight(centred), products)
+    safe = np.where(total == 0, 1, total)[..., None]
+    shares, slopes = open_weights * weight(centred) / safe, open_weights * slope(centred) / safe
+    upstream = grads[0].astype(dtype)
+    inner = upstream @ np.swapaxes(products, -1, -2) - (upstream * output).sum(-1)[..., None]
+    if grads[1] is not None:
+        inner = inner + grads[1].astype(dtype)[..., None]
+    scale = np.asarray(case.spec.score_factor(case.query.shape[3]), dtype)
+    found: dict[str, Array] = {}
+    for b in range(case.query.shape[0]):
+        for h in range(case.query.shape[1]):
+            _add_scores(found, case, b, h, scale * slopes[b, h] * inner[b, h], dtype)
+            _add_values(found, case, b, h, (shares[b, h], upstream[b, h], inner[b, h]), dtype)
+    return found
+
+
+def _add(found: dict[str, Array], name: str, like: Array, place: Any, part: Array) -> None:
+    found.setdefault(name, np.zeros(like.shape, part.dtype))[place] += part
+
+
+def _add_scores(found: dict[str, Array], case: Case, b: int, h: int, gradient: Array, dtype: Any) -> None:
+    """Add one head's gradients of query, keys and weight, given that of its scores (n, m1 .. mk)."""
+    order, g = len(case.keys), h // (case.query.shape[1] // case.keys[0].shape[1])
+    live = [_live_keys(case, t, b, h, g) for t in range(order)]
+    operands = [case.query[b, h].astype(dtype)]
+    operands += [np.where(x[:, None], key[b, g], 0).astype(dtype) for x, key in zip(live, case.keys, strict=True)]
+    factors = _factors(case, operands[0], operands[1:], dtype)
+    tensor = gradient.reshape(-1, *(len(x) for x in live))
+    names = [("query", case.query, h), *((f"keys[{t}]", key, g) for t, key in enumerate(case.keys))]
+    for t, (name, like, head) in enumerate(names):
+        own = _without(tensor, factors, t)
+        if isinstance(case.weight, tuple):
+            _add(found, f"weight[{t}]", case.weight[t], ..., operands[t].T @ own)
+            own = own @ case.weight[t].T.astype(dtype)
+        elif case.weight is not None:
+            columns = np.indices(case.weight.shape[1:]).reshape(order, -1)
+            if t == 0:
+                _add(found, "weight", case.weight, ..., (operands[0].T @ own).reshape(case.weight.shape))
+                own = own @ case.weight.reshape(len(case.weight), -1).T.astype(dtype)
+            else:
+                picked = columns[t - 1][:, None] == np.arange(like.shape[3])
+                own = own @ picked.astype(dtype)
+        _add(found, name, like, (b, head), own if t == 0 else np.where(live[t - 1][:, None], own, 0))
+
+
+def _add_values(found: dict[str, Array], case: Case, b: int, h: int, parts: tuple[Array, ...], dtype: Any) -> None:
+    """Add one head's gradients of values and biases, given shares, upstream gradient, and that of the logits' inner."""
+    shares, upstream, inner = parts
+    order, g = len(case.keys), h // (case.query.shape[1] // case.keys[0].shape[1])
+    live = [_live_keys(case, t, b, h, g) for t in range(order)]
+    rows = [np.where(x[:, None], value[b, g], 0).astype(dtype) for x, value in zip(live, case.values, strict=True)]
+    shape = (-1, *(len(x) for x in live))
+    for t in range(order):
+        own = _without(shares.reshape(shape), [upstream, *rows], t + 1)
+        _add(found, f"values[{t}]", case.values[t], (b, g), np.where(live[t][:, None], own, 0))
+        bias = case.biases[t] if case.biases else None
+        if bias is not None:
+            others = tuple(axis for axis in range(order + 1) if axis != t + 1)
+            place = (b if bias.shape[0] > 1 else 0, h if bias.shape[1] > 1 else 0, 0)
+            _add(found, f"biases[{t}]", bias, place, (shares * inner).reshape(shape).sum(axis=others))
+
+
+def _without(tensor: Array, factors: list[Array], left: int) -> Array:
+    """Return the sum over all axes but one of a tensor times the rows of the factors of the other axes."""
+    axes = "iuvw"[: tensor.ndim]
+    others = [s for s in range(tensor.ndim) if s != left]
+    subscripts = ",".join([axes, *(f"{axes[s]}c" for s in others)]) + f"->{axes[left]}c"
+    return np.einsum(subscripts, tensor, *(factors[s] for s in others))

@@ -51,7 +51,7 @@ def _status_record(status: BackendStatus) -> dict[str, Any]:
 
 
 def _method_record(method: MethodSupport) -> dict[str, Any]:
-    sets = {name: sorted(getattr(method, name)) for name in ("masks", "biases", "weights")}
+    sets = {name: sorted(getattr(method, name)) for name in ("masks", "biases", "weights", "closed_form")}
     return {**sets, "key_masks": method.key_masks, "backward": method.backward}
 
 
@@ -78,6 +78,7 @@ def _capability_facts(kinds: tuple[str, ...], facts: Capabilities) -> list[tuple
     ]
     for method in facts.methods:
         sets = [("masks", method.masks), ("biases", method.biases), ("weights", method.weights)]
+        sets.append(("closed-form gradient under", method.closed_form))
         parts = [f"{name} {_listed(entries)}" for name, entries in sets if entries]
         parts += [name for name, has in (("key masks", method.key_masks), ("backward", method.backward)) if has]
         found.append((method.name, "; ".join(parts) or "nothing"))

@@ -15,6 +15,7 @@ from korder.conformance.limits import require
 from korder.conformance.records import Check, RefusedError, UnverifiedError
 from korder.conformance.subject import Subject
 from korder.problem import FLOAT_DTYPES
+from korder.spec import Polynomial
 from korder.spec.attention import MAX_ORDER
 from korder.spi import API_VERSION, ENTRY_POINT_GROUP, Availability, Backend, Capabilities, MethodSupport, Reason
 from korder.spi.namespace import NamespaceBackend
@@ -23,7 +24,12 @@ FRAMEWORKS = ("torch", "jax", "jaxlib", "triton", "tensorflow", "cupy", "mlx", "
 NOWHERE = "nowhere"
 """A device that no backend claims."""
 IMPORT_SECONDS = 60.0
-_WORDS = {"masks": frozenset(MASKS), "biases": frozenset({"key", "full"}), "weights": frozenset({"cp", "full"})}
+_WORDS = {
+    "masks": frozenset(MASKS),
+    "biases": frozenset({"key", "full"}),
+    "weights": frozenset({"cp", "full"}),
+    "closed_form": frozenset(MASKS),
+}
 
 
 def named_rightly(subject: Subject, case: None) -> None:
@@ -210,6 +216,10 @@ def _outside_method(outside: object, support: MethodSupport) -> Iterable[Case]:
             yield make(f"{form} weight", method=name, mask=inside, weight=form)
     if not support.key_masks:
         yield make("key masks", method=name, mask=inside, key_masks=True)
+    for mask in MASKS if name == "polynomial" else ():
+        if mask in support.masks and mask not in support.closed_form:
+            closed = {"method": Polynomial(degree=2, gradient="closed_form")}
+            yield make(f"{mask} closed form", method=name, mask=mask, spec=closed)
 
 
 CHECKS = (

@@ -164,7 +164,7 @@ def residuals_fix_statistics(subject: Subject, case: Case) -> None:
 
 
 def backward_matches(subject: Subject, case: Case) -> None:
-    """Gradients are those of the polynomial with its centre held constant."""
+    """Gradients are those that the plan names: of the polynomial with its centre held constant, or the closed form."""
     pair = upstream(case)
     found, given = subject.backward(case, *pair)
     transform = transform_of(case, found)
@@ -233,6 +233,16 @@ def _backward(claims: Claims) -> Iterable[Case]:
         for case in _cases(claims):
             if claims.full or "offsets" not in case.name:
                 yield case
+
+
+def _closed_form(claims: Claims) -> Iterable[Case]:
+    """Yield the same cases with the closed form, where that is claimed."""
+    support = claims.method("polynomial")
+    for case in _backward(claims):
+        method = case.spec.polynomial
+        if support is not None and method is not None and case.spec.mask.kind in support.closed_form:
+            closed = with_spec(case, method=method.model_copy(update={"gradient": "closed_form"}))
+            yield replace(closed, name=f"{case.name} closed form")
 
 
 def _few_cases(claims: Claims) -> Iterable[Case]:
@@ -307,5 +317,12 @@ CHECKS = (
         "A sum that is not positive raises an ArithmeticError.",
         sum_is_positive,
         _negative,
+    ),
+    _check(
+        "C5.9",
+        "polynomial.closed_form",
+        "Where the closed form of gradients is asked for, they are the exact method's with the polynomial's weights.",
+        backward_matches,
+        _closed_form,
     ),
 )

@@ -35,6 +35,8 @@ class Transform:
 
     coefficients: tuple[float, ...]
     centre: Array
+    closed_form: bool = False
+    """Whether gradients have the polynomial itself in the place of its derivative, as exp is its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ class Answer:
     shares: Array
     """Weights over their sum, 0 where a tuple may not be attended to."""
     slopes: Array
-    """Derivatives of the weights with respect to the score, over the same sum."""
+    """Derivatives of the weights with respect to the score, or what stands in their place, over the same sum."""
 
 
 def live_tuples(case: Case) -> Array:
@@ -196,7 +198,8 @@ def answer(case: Case, dtype: Any = REFERENCE, transform: Transform | None = Non
             centred = scores - _rows(reference, case.order)
             open_weights = np.where(live, np.exp(bias), 0.0).astype(dtype)
             weights = open_weights * np.polynomial.polynomial.polyval(centred, coefficients)
-            slopes = open_weights * np.polynomial.polynomial.polyval(centred, _derivative(coefficients))
+            slope = coefficients if transform.closed_form else _derivative(coefficients)
+            slopes = open_weights * np.polynomial.polynomial.polyval(centred, slope)
         total = weights.sum(axis=axes)
         any_live = live.any(axis=axes)
         lse = np.where(any_live, reference + np.log(np.where(any_live, total, 1.0)), -np.inf)

@@ -60,7 +60,7 @@ def transform_of(case: Case, found: Found) -> Transform:
     """Return the polynomial that a kernel computed with."""
     plan = case.plan().polynomial
     assert plan is not None
-    return Transform(plan.values, centre_of(case, found))
+    return Transform(plan.values, centre_of(case, found), closed_form=plan.gradient == "closed_form")
 
 
 def truth_of(case: Case, transform: Transform, dtype: Any = REFERENCE, way: str = "") -> Truth:

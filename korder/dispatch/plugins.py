@@ -159,7 +159,8 @@ def _well_formed(facts: object) -> bool:
     methods: tuple[object, ...] = facts.methods if isinstance(facts.methods, tuple) else (None,)
     sets: list[object] = [facts.orders, facts.dtypes, facts.devices, facts.accumulation]
     for method in methods:
-        sets += [method.masks, method.biases, method.weights] if isinstance(method, MethodSupport) else [None]
+        known = isinstance(method, MethodSupport)
+        sets += [getattr(method, name) if known else None for name in ("masks", "biases", "weights", "closed_form")]
     return all(isinstance(entries, frozenset) for entries in sets)
 
 

@@ -1,12 +1,18 @@
-"""Gradients of the polynomial method: those of the function that forward computed, its statistics held constant."""
+"""Gradients of the polynomial method, its statistics held constant: of the function that forward computed, or those of
+exact attention with the polynomial's weights in place of the softmax (the closed form).
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+from array_api_compat import device
 
 from korder.methods.factors import Factor, Plane, planes
 from korder.methods.readings import centred_coefficients, nonzero, prod_arrays
 from korder.methods.sight import live_rows
+from korder.planning.polynomial import feature_count
 from korder.problem import Problem
 from korder.spi.operands import KernelOutput, OperandGradients, Operands, OutputGradients
 
@@ -151,7 +157,8 @@ def backward(
 ) -> OperandGradients:
     """Return the gradients that `needs` names.
 
-    Cost:      4 (k + 1) n r (e + 1) flop, twice forward's; features are built again.
+    Cost:      4 (k + 1) n r (e + 1) flop, twice forward's; features are built again. With the r' features of a degree
+               more, the closed form costs 4 (k + 1) n r' (e + 1) + 2 n r (e + 1).
     Numerics:  as forward; centre, column scales and bias maxima come from the saved residuals.
     """
     xp, problem = kernel.xp, kernel.problem
@@ -162,87 +169,139 @@ def backward(
     if problem.batch == 0:
         return store.gradients(needs)
     rows = RowGradients(kernel, operands, saved, grads)
+    kernels = [kernel] if kernel.polynomial.gradient == "consistent" else [kernel, _antiderivative(kernel)]
     for index, plane in enumerate(planes(xp, problem, operands, residuals["maxima"])):
         statistics = (residuals["centre"], residuals["scales"][index, ...], residuals["states"][index, ...])
         if problem.spec.mask.kind == "causal":
             from korder.methods.running_gradients import causal_plane_backward
 
+            assert len(kernels) == 1, "capabilities refuse the closed form under this mask"
             causal_plane_backward(kernel, operands, plane, statistics, rows, store)
         else:
-            _plane_backward(kernel, plane, statistics, rows, store, needs)
+            _plane_backward(kernels, plane, statistics, rows, store, needs)
     return store.gradients(needs)
 
 
+def _antiderivative(kernel: PolynomialKernel) -> PolynomialKernel:
+    """Return the kernel of the polynomial R, of a degree more, whose derivative is the kernel's P.
+
+    Differentiated through the score, a sum of weights R(x) becomes one of P(x): the closed form of softmax's gradient
+    with the weights that forward used. Differentiating P itself would put P' in their place.
+    """
+    polynomial = kernel.polynomial
+    values = (0.0, *(c / (m + 1) for m, c in enumerate(polynomial.values)))
+    features = feature_count(kernel.table.width, polynomial.degree + 1)
+    raised = replace(polynomial, degree=polynomial.degree + 1, values=values, features=features)
+    return type(kernel)(kernel.xp, replace(kernel.plan, polynomial=raised))
+
+
 def _plane_backward(
-    kernel: PolynomialKernel,
+    kernels: list[PolynomialKernel],
     plane: Plane,
     statistics: tuple[Array, Array, Array],
     rows: RowGradients,
     store: GradientStore,
     needs: frozenset[str],
 ) -> None:
-    xp, order = kernel.xp, kernel.problem.order
+    """Add a plane's gradients: those of values and weights through the first kernel, of columns through the last."""
+    widest = kernels[-1]
+    xp, order = widest.xp, widest.problem.order
     centre, scales, states = statistics
     counts = [nonzero(xp, states[t, 0, -1]) for t in range(order)]
-    means = [states[t, ...] / counts[t] for t in range(order)]
-    mean_gradient = _query_backward(kernel, plane, (centre, scales), means, rows, store)
+    means = [_widened(widest, plane, t, scales, states[t, ...]) / counts[t] for t in range(order)]
+    mean_gradients = _query_backward(kernels, plane, (centre, scales), means, rows, store)
     if not needs & KEY_SIDE:
         return
-    mean_gradient = mean_gradient * kernel.monomial_weights(scales)
+    monomials = widest.monomial_weights(scales)
+    mean_gradients = [gradient * monomials[: gradient.shape[0], :] for gradient in mean_gradients]
     for t in range(order):
-        others = [means[s] for s in range(order) if s != t]
-        state_gradient = prod_arrays([mean_gradient, *others]) / counts[t]
-        _key_backward(kernel, plane, t, scales[t + 1, ...], state_gradient, store)
+        state_gradients = []
+        for gradient in mean_gradients:
+            others = [means[s][: gradient.shape[0], :] for s in range(order) if s != t]
+            state_gradients.append(prod_arrays([gradient, *others]) / counts[t])
+        _key_backward(widest, plane, t, scales[t + 1, ...], state_gradients, store)
+
+
+def _widened(kernel: PolynomialKernel, plane: Plane, mode: int, scales: Array, state: Array) -> Array:
+    """Return a saved key state with the rows of the kernel's features that it lacks."""
+    xp, known, count = kernel.xp, state.shape[0], kernel.table.features
+    if known == count:
+        return state
+    key = plane.keys[mode]
+    rest = xp.zeros((count - known, state.shape[1]), dtype=xp.float64, device=device(state))
+    for start, stop in kernel.blocks(key.length):
+        features = kernel.features(kernel.scaled(key, scales[mode + 1, ...], start, stop))
+        rest = kernel.product(features[known:, :], plane.values_and_weights(xp, mode, start, stop), rest)
+    return xp.concat([state, rest], axis=0)
 
 
 def _query_backward(
-    kernel: PolynomialKernel,
+    kernels: list[PolynomialKernel],
     plane: Plane,
     statistics: tuple[Array, Array],
     means: list[Array],
     rows: RowGradients,
     store: GradientStore,
-) -> Array:
-    """Add the query's gradients; return that of the mean products, without monomial weights: (r, e + 1) float64."""
-    xp = kernel.xp
+) -> list[Array]:
+    """Add the query's gradients; return those of the mean products by each kernel, without monomial weights.
+
+    Shapes:  (r, e + 1) float64, r the features of each kernel.
+    """
+    widest = kernels[-1]
+    xp = widest.xp
     centre, scales = statistics
     product = prod_arrays(means)
-    table = kernel.normalised(product, xp.zeros_like(product[:, :1]), scales)
-    collected: list[Array] = [xp.zeros_like(x, dtype=xp.float64) for x in table.values]
+    table = widest.normalised(product, xp.zeros_like(product[:, :1]), scales)
+    collected = [
+        [xp.zeros_like(x, dtype=xp.float64) for x in table.values[: kernel.polynomial.degree + 1]] for kernel in kernels
+    ]
     for head, query in zip(plane.heads, plane.queries, strict=True):
-        for start, stop in kernel.blocks(query.length):
+        for start, stop in widest.blocks(query.length):
             raw = query.operand_columns(xp, start, stop)
-            columns = kernel.normalise_columns(query.projection.apply(xp, raw), scales[0, ...])
-            features = kernel.features(columns)
+            columns = widest.normalise_columns(query.projection.apply(xp, raw), scales[0, ...])
+            features = widest.features(columns)
             gradient = rows.block(plane.batch, head, start, stop)
-            shares = centred_coefficients(kernel.polynomial.values, -centre[plane.batch, head, start:stop])
+            shift = -centre[plane.batch, head, start:stop]
+            for kernel, sums in zip(kernels, collected, strict=True):
+                shares = centred_coefficients(kernel.polynomial.values, shift)
+                _collect(kernel, features, shares, gradient, sums)
             parts = []
             for s, share in enumerate(shares):
-                weighted = share[:, None] * gradient
-                power = xp.astype(weighted * kernel.scale_sign**s, kernel.dtype)
-                collected[s] = kernel.product(features[kernel.table.rows(s), :], power, collected[s])
-                spread = xp.astype(weighted * table.factors[s], kernel.dtype)
+                spread = xp.astype(share[:, None] * gradient * table.factors[s], widest.dtype)
                 parts.append(xp.matmul(table.values[s], xp.permute_dims(spread, (1, 0))))
-            adjoint = kernel.adjoint(columns, features, xp.concat(parts, axis=0))
-            store.add_query(plane, head, start, raw, kernel.normalise_columns(adjoint, scales[0, ...]))
-    return xp.concat(collected, axis=0)
+            adjoint = widest.adjoint(columns, features, xp.concat(parts, axis=0))
+            store.add_query(plane, head, start, raw, widest.normalise_columns(adjoint, scales[0, ...]))
+    return [xp.concat(sums, axis=0) for sums in collected]
+
+
+def _collect(
+    kernel: PolynomialKernel, features: Array, shares: list[Array], gradient: Array, sums: list[Array]
+) -> None:
+    """Add to the sums of every degree a block's features times its rows' gradient, each row by its share."""
+    for s, share in enumerate(shares):
+        power = kernel.xp.astype(share[:, None] * gradient * kernel.scale_sign**s, kernel.dtype)
+        sums[s] = kernel.product(features[kernel.table.rows(s), :], power, sums[s])
 
 
 def _key_backward(
-    kernel: PolynomialKernel, plane: Plane, mode: int, scale: Array, state_gradient: Array, store: GradientStore
+    kernel: PolynomialKernel, plane: Plane, mode: int, scale: Array, state_gradients: list[Array], store: GradientStore
 ) -> None:
+    """Add a mode's gradients: of values and weights by the first of the state's gradients, of columns by the last."""
     xp, key = kernel.xp, plane.keys[mode]
-    largest = nonzero(xp, xp.max(xp.abs(state_gradient)))
-    normalised = xp.astype(state_gradient / largest, kernel.dtype)
+    sizes = [nonzero(xp, xp.max(xp.abs(gradient))) for gradient in state_gradients]
+    normalised = [
+        xp.astype(gradient / largest, kernel.dtype) for gradient, largest in zip(state_gradients, sizes, strict=True)
+    ]
+    count = normalised[0].shape[0]
     for start, stop in kernel.blocks(key.length):
         raw = key.operand_columns(xp, start, stop)
         columns = kernel.normalise_columns(key.projection.apply(xp, raw), scale)
         features = kernel.features(columns)
         weighted = plane.values_and_weights(xp, mode, start, stop)
-        spread = xp.matmul(normalised, xp.permute_dims(weighted, (1, 0)))
+        spread = xp.matmul(normalised[-1], xp.permute_dims(weighted, (1, 0)))
         adjoint = kernel.adjoint(columns, features, spread)
-        read = kernel.product(xp.permute_dims(features, (1, 0)), normalised) * largest
-        gradient = kernel.normalise_columns(adjoint, scale) * xp.astype(largest, kernel.dtype)
+        read = kernel.product(xp.permute_dims(features[:count, :], (1, 0)), normalised[0]) * sizes[0]
+        gradient = kernel.normalise_columns(adjoint, scale) * xp.astype(sizes[-1], kernel.dtype)
         store.add_keys(plane, mode, start, (raw, gradient, *split_reading(xp, plane, mode, (start, stop), read)))
 
 

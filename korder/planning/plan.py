@@ -70,6 +70,8 @@ class PolynomialPlan:
     """Elements of the summed key states of one head: k r (e + 1)."""
     chunk: int
     """Tokens whose features are built at a time."""
+    gradient: str = "consistent"
+    """"consistent": that of the function that forward computes; "closed_form": the exact method's, with its weights."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,7 @@ def polynomial_plan(problem: Problem, degree: int) -> Plan:
             features=features,
             state=state,
             chunk=chunk,
+            gradient=_gradient(problem),
         ),
         notes=_notes(problem, kind, degree, chunk),
     )
@@ -98,8 +99,19 @@ def _coefficient_kind(problem: Problem) -> tuple[str, float | None]:
     return "minimax", min(max(interval, 1e-3), 64.0)
 
 
+def _gradient(problem: Problem) -> str:
+    method = problem.spec.polynomial
+    return "consistent" if method is None else method.gradient
+
+
+_GRADIENTS = {
+    "consistent": "gradients: of the function that is computed (consistent)",
+    "closed_form": "gradients: those of exact attention, with the polynomial's weights (closed_form)",
+}
+
+
 def _notes(problem: Problem, kind: str, degree: int, chunk: int) -> tuple[str, ...]:
-    notes = [f"backward works in {size(backward_workspace(problem, degree, chunk))}"]
+    notes = [f"backward works in {size(backward_workspace(problem, degree, chunk))}", _GRADIENTS[_gradient(problem)]]
     if kind == "taylor" and degree % 2:
         notes.append(f"degree {degree} is odd: its Taylor polynomial is negative far below a row's mean")
     return tuple(notes)
@@ -142,7 +154,8 @@ def backward_workspace(problem: Problem, degree: int, chunk: int) -> int:
 
 def _backward_passes(problem: Problem, degree: int, chunk: int) -> int:
     """Return the part of `backward_workspace` that the number of tokens does not set and smaller blocks shrink."""
-    sizes = _BlockSizes(problem, degree, chunk)
+    closed = _gradient(problem) == "closed_form"
+    sizes = _BlockSizes(problem, degree + closed, chunk)
     order, item, state = problem.order, sizes.item, 8 * sizes.state
     rows = sizes.readings * 5 + 3 * sizes.tokens * problem.score_width * item
     if sizes.causal:
@@ -150,8 +163,10 @@ def _backward_passes(problem: Problem, degree: int, chunk: int) -> int:
         runs = 2 * order + 2.5 if order > 1 else 1.5 + min(sizes.shared, 2)
         walking = max(3 * order * state + int(runs * sizes.run), 4 * order * state)
         return blocks + max(walking, 2 * order * state + sizes.block) + rows
+    # under the closed form the sums that values and weights get their gradients from stand beside the columns' own
+    beside = 8 * _BlockSizes(problem, degree, chunk).state if closed else 0
     # the parts of the features' gradient, what they are joined into, and the features themselves
-    return (order + 2) * state + sizes.state * item + 3 * sizes.block + rows
+    return (order + 2) * state + beside + sizes.state * item + 3 * sizes.block + rows
 
 
 class _BlockSizes:

@@ -36,6 +36,8 @@ class Polynomial(SpecModel):
     """Half-width, in score units, of the interval of the minimax coefficients; the certified range when None."""
     on_exceed: Literal["raise", "exact", "warn"] = "raise"
     """What to do when the certificate misses the tolerance."""
+    gradient: Literal["consistent", "closed_form"] = "consistent"
+    """"consistent", of the function computed, or "closed_form", softmax's with the polynomial's weights; full mask."""
     estimate_rows: Annotated[int, Field(ge=0, strict=True), AsInteger] = 0
     """Rows computed exactly as well, for an estimate of the error beside the certificate."""
 

@@ -31,6 +31,7 @@ class MethodSupport:
         weights: Forms of the Kronecker weight, of "cp" and "full".
         key_masks: Whether key masks are taken.
         backward: Whether the kernel has a backward.
+        closed_form: Kinds of mask under which that of the polynomial method also knows the closed form of the gradient.
     """
 
     name: str
@@ -39,6 +40,7 @@ class MethodSupport:
     weights: frozenset[str] = frozenset()
     key_masks: bool = False
     backward: bool = False
+    closed_form: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,10 @@ def _refuse_method(support: MethodSupport, plan: Plan) -> list[Reason | None]:
         reasons.append(_member("weight", problem.weight, support.weights, where))
     if any(problem.key_masks) and not support.key_masks:
         reasons.append(Reason("key_masks", "given", "none" + where))
+    closed_form = plan.polynomial is not None and plan.polynomial.gradient == "closed_form"
+    if closed_form and problem.spec.mask.kind not in support.closed_form:
+        known = "".join(f"; closed_form with mask={mask}" for mask in sorted(support.closed_form))
+        reasons.append(Reason("gradient", "closed_form", "consistent" + known))
     return reasons
 
 

@@ -50,6 +50,7 @@ class NamespaceBackend(Backend):
             weights=frozenset({"cp", "full"}),
             key_masks=True,
             backward=True,
+            closed_form=frozenset({"full"}),
         )
         return Capabilities(
             orders=frozenset(range(1, 7)),

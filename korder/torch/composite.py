@@ -15,11 +15,12 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
+from korder.errors import UnsupportedProblemError
 from korder.methods.exact import ExactKernel
 from korder.methods.layout import Layout
 from korder.methods.polynomial import PolynomialKernel
 from korder.planning.plan import Plan
-from korder.spi.operands import Operands
+from korder.spi.operands import NEEDS, KernelOutput, OperandGradients, Operands, OutputGradients
 
 Pull = Callable[[tuple[Tensor, Tensor]], tuple[Tensor, ...]]
 
@@ -49,14 +50,41 @@ def composite(plan: Plan, operands: Operands) -> tuple[Tensor, Tensor]:
     """
     import array_api_compat.torch as xp
 
+    if has_closed_form(plan):
+        raise UnsupportedProblemError(
+            "the closed form of the gradient has no forward-mode derivative: it is that of no function.",
+            code="forward-mode",
+            expected='reverse mode, or gradient="consistent"',
+            got='operands with tangents, and gradient="closed_form"',
+        )
     if plan.method == "exact":
         found = _RecordedExactKernel(xp, plan).forward(operands, save=False)
     else:
         kernel = _RecordedPolynomialKernel(xp, plan)
-        with torch.no_grad():
-            statistics = kernel.forward(_detached_operands(operands), save=True).residuals
-        found = kernel.forward(operands, save=False, residuals=statistics)
+        found = _about_constants(kernel, operands, save=False)
     return found.output, found.lse
+
+
+def has_closed_form(plan: Plan) -> bool:
+    """Return whether a plan's gradients are not those of the function that it computes."""
+    return plan.polynomial is not None and plan.polynomial.gradient == "closed_form"
+
+
+def composite_gradients(plan: Plan, operands: Operands, grads: OutputGradients) -> OperandGradients:
+    """Return the gradients of a polynomial plan, all of them, by operations that autograd records.
+
+    Numerics:  as `composite`.
+    """
+    import array_api_compat.torch as xp
+
+    kernel = _RecordedPolynomialKernel(xp, plan)
+    return kernel.backward(operands, _about_constants(kernel, operands, save=True), grads, needs=NEEDS)
+
+
+def _about_constants(kernel: PolynomialKernel, operands: Operands, *, save: bool) -> KernelOutput:
+    with torch.no_grad():
+        statistics = kernel.forward(_detached_operands(operands), save=True).residuals
+    return kernel.forward(operands, save=save, residuals=statistics)
 
 
 def has_tangents(tensors: Sequence[Tensor]) -> bool:

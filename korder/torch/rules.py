@@ -13,9 +13,14 @@ import torch
 from torch import Tensor
 
 from korder.errors import KernelError
-from korder.torch.calls import read_text, request_of
-from korder.torch.composite import composite
+from korder.planning.plan import Plan
+from korder.spi.operands import OutputGradients
+from korder.torch.calls import gradients_of, read_text, request_of
+from korder.torch.composite import composite, composite_gradients, has_closed_form
 from korder.torch.ops import PLAIN, attend_op, backward_op, planned_without_numbers, prepared_for
+
+Call = tuple[str, list[int], list[bool]]
+"""Text and offsets of a call, and which operands' gradients were taken."""
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -79,7 +84,7 @@ def _second_derivative(ctx: Any, cotangents: list[Tensor | None]) -> tuple[Any, 
 
 
 def differentiated_gradients(
-    call: tuple[str, list[int], list[bool]],
+    call: Call,
     tensors: Sequence[Tensor],
     grads: tuple[Tensor, Tensor | None],
     cotangents: Sequence[Tensor | None],
@@ -87,28 +92,20 @@ def differentiated_gradients(
     """Pull cotangents of the gradients back to the operands, the output's gradient and that of lse.
 
     Args:
-        call: Text and offsets of the call, and which operands' gradients were taken.
+        call: The call.
         tensors: The operands.
         grads: Gradients of output and lse; None for lse counts as zeros.
         cotangents: One per gradient that was taken; None counts as zeros.
     """
-    text, offsets, needs = call
+    text, offsets, _ = call
     given = [x for x in grads if x is not None]
     variable = [x.is_floating_point() for x in tensors]
     plan = prepared_for(planned_without_numbers(tensors, text, offsets), text, True).selection.plan
-
-    operands: list[Tensor] = []
-
-    def attention(*wanted: Tensor) -> tuple[Tensor, Tensor]:
-        return composite(plan, request_of(_mixed(operands, needs, wanted), text, offsets).operands)
+    recorded = _closed_form if has_closed_form(plan) else _of_function
 
     def gradients(*primals: Tensor) -> tuple[Tensor, ...]:
-        nonlocal operands
-        operands = _mixed(tensors, variable, primals)
-        found, pull = torch.func.vjp(attention, *(x for x, need in zip(operands, needs, strict=True) if need))
-        of_output, *of_lse = primals[sum(variable) :]
-        pulled: tuple[Tensor, ...] = pull((of_output, *(of_lse or [torch.zeros_like(found[1])])))
-        return pulled
+        own = OutputGradients(*primals[sum(variable) :])
+        return recorded(plan, call, _mixed(tensors, variable, primals), own)
 
     primals = [x for x, varies in zip(tensors, variable, strict=True) if varies]
     found, pull = torch.func.vjp(gradients, *primals, *given)
@@ -116,6 +113,26 @@ def differentiated_gradients(
     parts = iter(pull(tuple(filled)))
     of_tensors = [next(parts) if varies else None for varies in variable]
     return of_tensors, next(parts), next(parts, None)
+
+
+def _of_function(plan: Plan, call: Call, tensors: list[Tensor], grads: OutputGradients) -> tuple[Tensor, ...]:
+    """Return the gradients that a call took, as those of what it computed."""
+    text, offsets, needs = call
+
+    def attention(*wanted: Tensor) -> tuple[Tensor, Tensor]:
+        return composite(plan, request_of(_mixed(tensors, needs, wanted), text, offsets).operands)
+
+    found, pull = torch.func.vjp(attention, *(x for x, need in zip(tensors, needs, strict=True) if need))
+    pulled: tuple[Tensor, ...] = pull((grads.output, torch.zeros_like(found[1]) if grads.lse is None else grads.lse))
+    return pulled
+
+
+def _closed_form(plan: Plan, call: Call, tensors: list[Tensor], grads: OutputGradients) -> tuple[Tensor, ...]:
+    """Return the gradients that a call took, by the operations of a backward, since they are those of no function."""
+    text, offsets, needs = call
+    found = composite_gradients(plan, request_of(tensors, text, offsets).operands, grads)
+    listed = zip(gradients_of(tensors, read_text(text), found), needs, strict=True)
+    return tuple(x for x, need in listed if need and x is not None)
 
 
 def _mixed(tensors: Sequence[Tensor], taken: Sequence[bool], others: Sequence[Tensor]) -> list[Tensor]:
@@ -149,10 +166,11 @@ def _backward_many(
     offsets: list[int],
     needs: list[bool],
 ) -> tuple[list[Tensor], list[int]]:
-    """The backward of `_attend_many`."""
+    """The backward of `_attend_many`; one by one where each call has a weight's gradient of its own."""
     dims, of_outputs, of_gradient, of_lse = in_dims[:4]
     size = info.batch_size
-    if not _foldable(tensors, dims, text):
+    of_weights = any(need for group, need in zip(read_text(text).groups, needs, strict=True) if group == "weight")
+    if of_weights or not _foldable(tensors, dims, text):
         found = []
         for i in range(size):
             saved, own = _nth(outputs, of_outputs, i), _nth(tensors, dims, i)

@@ -7,9 +7,12 @@ import sys
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import pytest
 from reference import random_case
 
+import korder
+from korder.errors import UnsupportedProblemError
 from korder_jax.backend import JaxBackend
 
 
@@ -38,3 +41,13 @@ def test_claims_are_made_without_importing_jax() -> None:
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (run.returncode, run.stdout.strip()) == (0, "False"), run.stderr
+
+
+def test_the_closed_form_of_the_gradient_is_refused() -> None:
+    polynomial = korder.Polynomial(degree=2, gradient="closed_form")
+    case = random_case(2, method=polynomial)
+    (reason,) = JaxBackend().unsupported_reasons(case.plan())
+    assert str(reason) == "gradient=closed_form (supported: consistent)"
+    with pytest.raises(UnsupportedProblemError, match=r"gradient=closed_form \(supported: consistent\)"):
+        korder.attend(jnp.asarray(case.query), tuple(map(jnp.asarray, case.keys)),
+                      tuple(map(jnp.asarray, case.values)), spec=case.spec)  # fmt: skip
