@@ -163,6 +163,17 @@ def test_plan_for_a_tolerance_lists_the_degrees() -> None:
     assert 0.0 < record["regime"]["ratio"] < 1.0
 
 
+def test_plan_of_a_choice_lists_what_there_is_by_time() -> None:
+    write(GOOD.replace("order = 2", 'order = 2, scale = 0.1, method = { kind = "auto", tolerance = 0.1 }'))
+    text = call("plan", "run.toml").output
+    assert "or: split: degree " in text
+    assert "backend: numpy" in text
+    record = json.loads(call("plan", "run.toml", "--format", "json").output)
+    assert record["chosen"] == 0
+    assert {plan["method"] for plan in record["plans"]} == {"exact", "split"}
+    assert call("run", "run.toml").exit_code == 0
+
+
 def test_plan_for_a_tolerance_reports_the_regime_and_says_what_it_is() -> None:
     tolerance = "attention.method={kind='polynomial', tolerance=0.1}"
     text = call("plan", write(), "--set", tolerance, "--set", "data.score_rms=0.1").stdout

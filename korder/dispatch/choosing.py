@@ -74,13 +74,12 @@ def run_choice(registry: Registry, attend_result: Attend, given: Given, request:
 def ranked(
     registry: Registry, problem: Problem, array_kind: str, requested: str = "auto"
 ) -> tuple[list[Candidate], list[Rejection]]:
-    """Return the plans that something here can run, the fastest first, and who was turned down for which.
+    """Return the plans that something here can run, the fastest first, and who was turned down for the first.
 
     Raises:
         UnsupportedProblemError: Nothing can run any of them.
     """
-    found: list[Candidate] = []
-    rejected: list[Rejection] = []
+    found: list[tuple[Candidate, list[Rejection]]] = []
     refusal: UnsupportedProblemError | None = None
     for plan in candidate_plans(problem):
         try:
@@ -91,12 +90,13 @@ def ranked(
             refusal = error
             continue
         backends = tuple(selection.backend.name for selection in selections)
-        rejected += [rejection for selection in selections for rejection in selection.rejected]
-        found.append(Candidate(plan, backends, predicted_seconds(plan, backends)))
+        rejected = [rejection for selection in selections for rejection in selection.rejected]
+        found.append((Candidate(plan, backends, predicted_seconds(plan, backends)), rejected))
     if not found:
         assert refusal is not None
         raise refusal
-    return sorted(found, key=lambda candidate: candidate.seconds), list(dict.fromkeys(rejected))
+    found.sort(key=lambda pair: pair[0].seconds)
+    return [candidate for candidate, _ in found], list(dict.fromkeys(found[0][1]))
 
 
 @dataclass(frozen=True, slots=True)

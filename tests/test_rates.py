@@ -1,0 +1,77 @@
+"""Machine rates: shipped, measured, or refused; they rank plans."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+
+import korder
+from korder.dispatch import rates
+from korder.experiments import calibrate
+from tests.command_line import call
+
+MINE = rates.Rates(exact=1e9, exponentials=1e8, polynomial=2e9, running=3e7, call=1e-4)
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    path = tmp_path / "kept" / "rates.json"
+    monkeypatch.setenv("KORDER_RATES", str(path))
+    return path
+
+
+def test_the_shipped_rates_serve_until_the_machine_is_measured(file):
+    assert rates.rates_of("numpy") == rates.SHIPPED["numpy"]
+    assert rates.rates_of("nobody") == rates.OTHERS
+    assert calibrate.write_rates({"numpy": MINE}) == file
+    assert rates.rates_of("numpy") == MINE
+    assert rates.rates_of("torch") == rates.SHIPPED["torch"]
+    assert [path.name for path in file.parent.iterdir()] == ["rates.json"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"numpy": 3}', '{"numpy": {"exact": 1}}', json.dumps({"numpy": asdict(replace(MINE, call=-1.0))})],
+)
+def test_a_file_that_holds_no_rates_is_named(file, text):
+    file.parent.mkdir()
+    file.write_text(text)
+    with pytest.raises(korder.SpecError, match=r"rates\.json does not hold machine rates"):
+        rates.rates_of("numpy")
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(korder.OperandError, match="cannot be written"):
+        calibrate.write_rates({"numpy": MINE}, tmp_path / "file" / "rates.json")
+
+
+def test_rates_decide_what_auto_takes(file):
+    rng = np.random.default_rng(2)
+    query, *keys = (rng.normal(size=(60, 3)) * 0.4 for _ in range(3))
+    values = [rng.normal(size=(60, 2)) for _ in range(2)]
+    spec = korder.AttentionSpec(order=2, method=korder.Auto(tolerance=0.1))
+
+    def taken(**changes: float) -> str:
+        calibrate.write_rates({"numpy": replace(MINE, **changes)})
+        return korder.attend_result(query, keys, values, spec=spec).provenance.plan.method
+
+    assert taken(exact=1e3, exponentials=1e3) == "split"
+    assert taken(exact=1e15, exponentials=1e15) == "exact"
+
+
+def test_a_quick_calibration_is_positive(monkeypatch):
+    monkeypatch.setattr(calibrate, "REPEATS", 1)
+    monkeypatch.setattr(calibrate, "MAKERS", {"numpy": calibrate.MAKERS["numpy"]})
+    ((name, found),) = calibrate.calibrate().items()
+    assert name == "numpy"
+    assert all(value > 0.0 for value in asdict(found).values())
+
+
+def test_calibrate_stands_alone():
+    ended = call("bench", "--calibrate", "--quick")
+    assert ended.exit_code == 2
+    assert "stands alone" in ended.output + ended.stderr
