@@ -9,7 +9,7 @@ import numpy as np
 
 from korder.methods.polynomial import PolynomialKernel
 from korder.planning.polynomial import polynomial_plan
-from korder.spec import Causal, Polynomial, Window
+from korder.spec import Causal, Ordered, Polynomial, Window
 from korder.spi import KernelOutput, Plan
 from korder_numpy.polynomial import NumpyPolynomialKernel
 from tests.problems import Case, random_case
@@ -32,6 +32,9 @@ MASKS: dict[str, dict[str, Any]] = {
     "window": {"sizes": (3, 5, 4, 2, 6, 3)},
     "window_offsets": {"sizes": (6, 4, 9), "query_offset": 4, "key_offsets": (6, 2, 5)},
     "window_wide": {"sizes": (13, 2, 30), "query_offset": 1, "key_offsets": (0, 3, 2)},
+    "ordered": {"mask": Ordered()},
+    "ordered_offsets": {"mask": Ordered(), "query_offset": 4, "key_offsets": (3, -2, 5)},
+    "ordered_late": {"mask": Ordered(), "query_offset": 0, "key_offsets": (-1, 3, 1)},
     "window_long": {"sizes": (40, 64, 100)},
 }
 COMBINATIONS = [

@@ -11,7 +11,7 @@ import pytest
 from korder.errors import AccuracyError
 from korder.methods.certificates import certify, meets_tolerance
 from korder.result import Certificate
-from korder.spec import AttentionSpec, Causal, Full, Polynomial, Window
+from korder.spec import AttentionSpec, Causal, Full, Ordered, Polynomial, Window
 from korder.spec.masks import Mask
 from korder.spi import KernelOutput, Plan
 from tests.limits import unit
@@ -90,10 +90,8 @@ SOURCES = (heavy, spiked, signed, tied, offset, sparse)
 
 
 def adversarial_mask(rng: np.random.Generator, order: int) -> Mask:
-    kind = int(rng.integers(0, 6))
-    if kind < 2:
-        return Full()
-    return Causal() if kind < 4 else Window(sizes=tuple(int(x) for x in rng.integers(1, 7, order)))
+    window = Window(sizes=tuple(int(x) for x in rng.integers(1, 7, order)))
+    return (Full(), Causal(), window, Ordered())[rng.integers(0, 4)]
 
 
 def adversarial_case(seed: int, dtype: str) -> Case:

@@ -184,6 +184,10 @@ def backward(
             from korder.methods.window_gradients import window_plane_backward
 
             window_plane_backward(kernel, operands, plane, statistics, rows, store)
+        elif kind == "ordered":
+            from korder.methods.ordered_gradients import ordered_plane_backward
+
+            ordered_plane_backward(kernel, operands, plane, statistics, rows, store)
         else:
             _plane_backward(kernel, plane, statistics, rows, store, needs)
     return store.gradients(needs)

@@ -177,14 +177,21 @@ def running_readings(
     Source:  prefix sums of low-rank factors for order 1, Liang et al., arXiv 2405.05219; products of them are ours.
     """
     pace = Pace.of(kernel, operands, scales)
-    for start, stop, rows in _walk(kernel, plane, pace, states, progress):
+    walk: Iterator[tuple[int, int, Rows]]
+    if kernel.problem.spec.mask.kind == "ordered":
+        from korder.methods.ordered import ordered_walk
+
+        walk = ordered_walk(kernel, operands, plane, pace, states, progress)
+    else:
+        walk = _product_walk(kernel, plane, pace, states, progress)
+    for start, stop, rows in walk:
         queries = [kernel.features(kernel.scaled(q, scales[0, ...], start, stop)) for q in plane.queries]
         yield from _read_block(kernel, plane, pace, (start, stop), rows, queries)
         del rows, queries  # before the next block is built
         progress.advance((stop - start) * (len(plane.heads) + len(plane.keys)))
 
 
-def _walk(
+def _product_walk(
     kernel: PolynomialKernel, plane: Plane, pace: Pace, states: list[Array], progress: Progress
 ) -> Iterator[tuple[int, int, Rows]]:
     """Yield (start, stop, what they read) for blocks of rows."""

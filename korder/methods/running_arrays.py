@@ -41,6 +41,11 @@ class RunningArrays:
             + self.running_sums(self.running_terms(arriving), self.xp.zeros_like(carry))[0]
         )
 
+    def chained_terms(self, tokens: Tokens, before: Array, carry: Array) -> Array:
+        """Return terms times the states (c, rho, e') of the token before each, for the first one times the carry."""
+        shifted = self.xp.concat([carry[None, :, :], before[:-1, ...]], axis=0)
+        return self.running_terms(tokens) * shifted
+
     def running_read(self, features: Array, states: Array) -> Array:
         """Return the sum over rho of features (rho, c) times states (c, rho, e'): (c, e') float64."""
         rows = self.xp.permute_dims(features, (1, 0))[:, None, :]

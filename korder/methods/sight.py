@@ -26,10 +26,11 @@ TOKENS = 1024
 class Sight:
     """Which keys the rows of a problem see: all, or of mode t those up to `row + shifts[t]`, the last `windows[t]`.
 
-    An ordered mask is seen as the causal one, of which its tuples are a part.
+    Under an ordered mask a row sees only those tuples of these keys whose positions grow from mode to mode.
     """
 
     full: bool
+    ordered: bool
     queries: int
     lengths: tuple[int, ...]
     shifts: tuple[int, ...]
@@ -43,7 +44,16 @@ class Sight:
         shifts = tuple(operands.query_offset - offset for offset in offsets)
         mask = problem.spec.mask
         windows = mask.sizes if isinstance(mask, Window) else ()
-        return cls(mask.kind == "full", problem.queries, problem.lengths, shifts, windows)
+        return cls(mask.kind == "full", mask.kind == "ordered", problem.queries, problem.lengths, shifts, windows)
+
+    def early_blocks(self, step: int) -> Iterator[tuple[int, int]]:
+        """Yield the rows before the first, in blocks, that bring a key of some mode into sight."""
+        done = min((-shift for shift in self.shifts), default=0)
+        for first, last in sorted((-shift, m - shift) for shift, m in zip(self.shifts, self.lengths, strict=True)):
+            first, last = max(first, done), min(last, 0)
+            for start in range(first, last, step):
+                yield start, min(start + step, last)
+            done = max(done, last)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +66,22 @@ class _Fold:
 
 
 def visible_sums(xp: Any, sight: Sight, statistic: Statistic) -> Iterator[tuple[int, int, tuple[Array, ...]]]:
-    """Yield (start, stop, per mode the sum of a statistic over the keys that each row sees).
+    """Yield (start, stop, sums whose product is that of the modes' statistics over the tuples that each row sees).
+
+    One sum for every mode, over its keys; under an ordered mask a single one, over tuples.
+
+    Args:
+        xp: Array API namespace.
+        sight: Which keys rows see.
+        statistic: Its last row counts live keys.
 
     Shapes:    (rows, stop - start), under the full mask (rows, 1).
     Cost:      O(rows) for every token, times the logarithm of a window.
     Numerics:  nothing is subtracted: a row's sums hold no rounding of keys that it does not see.
     """
+
+    if sight.ordered:
+        return _ordered_sums(xp, sight, statistic)
 
     def total(block: Array) -> Array:
         return xp.sum(block, axis=1, keepdims=True)
@@ -126,6 +146,25 @@ def _seen(xp: Any, sight: Sight, statistic: Statistic, fold: _Fold, mode: int) -
             leaving = xp.flip(fold.running(xp.flip(leaving, axis=1)), axis=1)
             arriving = fold.running(statistic(mode, start + shift, stop + shift))
             yield fold.merge(fold.merge(middle.over(last, start + shift), leaving), arriving)
+
+
+def _ordered_sums(xp: Any, sight: Sight, statistic: Statistic) -> Iterator[tuple[int, int, tuple[Array, ...]]]:
+    """Yield (start, stop, the iterated sum of the statistics, M_t(i) = M_t(i - 1) + M_{t-1}(i - 1) s_t(i))."""
+    carries = [statistic(t, -1, 0) for t in range(len(sight.lengths))]
+    rows = range(0, sight.queries, TOKENS)
+    for start, stop in (*sight.early_blocks(TOKENS), *((a, min(a + TOKENS, sight.queries)) for a in rows)):
+        seen = before = None
+        for t, shift in enumerate(sight.shifts):
+            block = statistic(t, start + shift, stop + shift)
+            if before is not None:
+                # chosen, not multiplied: a NaN that no tuple holds must not be seen
+                chained = xp.logical_and(before[-1:, :] > 0.0, block[-1:, :] > 0.0)
+                block = xp.where(chained, before * block, xp.zeros_like(block))
+            seen = carries[t] + xp.cumulative_sum(block, axis=1)
+            before = xp.concat([carries[t], seen[:, :-1]], axis=1)
+            carries[t] = seen[:, -1:]
+        if start >= 0:
+            yield start, stop, (seen,)
 
 
 def trailing(block: Array, window: int, merge: Callable[[Array, Array], Array]) -> Array:

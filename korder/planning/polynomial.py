@@ -129,6 +129,8 @@ def forward_workspace(problem: Problem, degree: int, chunk: int, *, in_place: bo
         walking = (4 * runs + 7) * sizes.run // 4 + (order + 3) * sizes.run // sizes.channels
         blocks = (sizes.streams + sizes.shared) * sizes.block
         adding = (3 if sizes.windows else order) * sums + sizes.state * item
+        if sizes.ordered:  # the block's own sums of every mode wait until all runs are done
+            kept += order * sums * item // 8
         return kept + max(walking, adding) + blocks + rows
     reading = 2 * sizes.state * item + min(256, sizes.features) * sizes.tokens * item + rows
     table = int(8 * sizes.state * (2 + 3 * sizes.highest / sizes.features))
@@ -142,11 +144,14 @@ def backward_workspace(problem: Problem, degree: int, chunk: int) -> int:
     """
     keys = problem.batch * problem.groups * sum(problem.lengths)
     rows = 24 * problem.batch * problem.heads * problem.queries
-    return rows + max(_backward_passes(problem, degree, chunk), operand_bytes(problem) + 8 * keys)
+    passes = _backward_passes(problem, degree, chunk)
+    if _windows(problem):  # the gradients of a plane's keys from one walk wait for those from the other
+        passes += 2 * sum(problem.lengths) * (2 * problem.score_width * _item(problem) + 8 * (problem.value_width + 1))
+    return rows + max(passes, operand_bytes(problem) + 8 * keys)
 
 
 def _backward_passes(problem: Problem, degree: int, chunk: int) -> int:
-    """Return the part of `backward_workspace` that the number of tokens does not set and smaller blocks shrink."""
+    """Return the part of `backward_workspace` that smaller blocks shrink; tokens count by their logarithm at most."""
     sizes = _BlockSizes(problem, degree, chunk)
     order, item, state = problem.order, sizes.item, 8 * sizes.state
     rows = sizes.readings * 5 + 3 * sizes.tokens * problem.score_width * item
@@ -156,6 +161,10 @@ def _backward_passes(problem: Problem, degree: int, chunk: int) -> int:
         if sizes.windows:
             runs, states = runs + 1.0, sizes.sums + 2 * order
             return blocks + max(states * state + int(runs * sizes.run), (states + 3) * state) + rows
+        if sizes.ordered:  # iterated sums before some blocks, as often as these can be halved
+            runs = order + 3.5 if order > 1 else runs
+            states = (3 + ceil(log2(max(problem.queries, *problem.lengths, sizes.tokens) / sizes.tokens))) * order
+            return blocks + states * state + int(runs * sizes.run) + rows
         walking = max(3 * order * state + int(runs * sizes.run), 4 * order * state)
         return blocks + max(walking, 2 * order * state + sizes.block) + rows
     # the parts of the features' gradient, what they are joined into, and the features themselves
@@ -174,6 +183,7 @@ class _BlockSizes:
         width = problem.score_width
         self.item = _item(problem)
         self.moving = problem.spec.mask.kind != "full"
+        self.ordered = problem.spec.mask.kind == "ordered"
         self.windows = _windows(problem)
         chunk = min((chunk, *self.windows))
         self.sums = sum(_window_sums(min(w, m), chunk) for w, m in zip(self.windows, problem.lengths, strict=False))

@@ -136,6 +136,13 @@ class NumpyPolynomialKernel(PolynomialKernel):
         terms += carry
         return terms, total
 
+    def chained_terms(self, tokens: tuple[Array, Array], before: Array, carry: Array) -> Array:
+        """Return terms times the states (c, rho, e') of the token before each, for the first one times the carry."""
+        terms: Array = self.running_terms(tokens)
+        terms[1:] *= before[:-1]
+        terms[0] *= carry
+        return terms
+
     def collector(self, place: Any, trailing: tuple[int, ...] = (), dtype: Any = None) -> Any:
         """Return a preallocated array to write rows into."""
         shape = (self.problem.batch, self.problem.heads, self.problem.queries, *trailing)

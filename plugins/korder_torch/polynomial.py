@@ -84,6 +84,13 @@ class TorchPolynomialKernel(PolynomialKernel):
         after = self.running_terms((features.flip(1), weighted.flip(0))).cumsum_(dim=0)
         return self.running_state(arriving, carry).add_(after.flip(0))
 
+    def chained_terms(self, tokens: tuple[Tensor, Tensor], before: Tensor, carry: Tensor) -> Tensor:
+        """Return terms times the states (c, rho, e') of the token before each, for the first one times the carry."""
+        terms: Tensor = self.running_terms(tokens)
+        terms[1:].mul_(before[:-1])
+        terms[0].mul_(carry)
+        return terms
+
     def product(self, left: Tensor, right: Tensor, total: Tensor | None = None) -> Tensor:
         """Return total + left (p, q) @ right (q, s) in float64, added in place."""
         if total is None:
