@@ -6,6 +6,8 @@ Shares no code with kernels: scores are built by broadcasting over tuples, -inf 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -72,18 +74,29 @@ def _row_scores(factors: list[Array]) -> Array:
 def _row_biases(case: Case, live: list[Array], b: int, h: int, dtype: Any) -> Array:
     queries, order = case.query.shape[2], len(live)
     total = np.zeros((queries, *(len(x) for x in live)), dtype)
-    causal = case.spec.mask.kind == "causal"
     for t, alive in enumerate(live):
         part = np.where(alive, 0.0, -np.inf).astype(dtype)[None, :].repeat(queries, axis=0)
         given = case.biases[t] if case.biases else None
         if given is not None:
             part = part + np.broadcast_to(given, (*case.query.shape[:2], 1, len(alive)))[b, h].astype(dtype)
-        if causal:
-            offset = case.key_offsets[t] if case.key_offsets else 0
-            later = np.arange(len(alive))[None, :] + offset > np.arange(queries)[:, None] + case.query_offset
-            part = np.where(later, -np.inf, part)
         total = total + part.reshape(queries, *(len(alive) if s == t else 1 for s in range(order)))
-    return total
+    offsets = case.key_offsets or (0,) * order
+    return np.where(_hidden(case.spec.mask, case.query_offset, offsets, total.shape), -np.inf, total)
+
+
+@cache
+def _hidden(mask: Any, query_offset: int, key_offsets: tuple[int, ...], shape: tuple[int, ...]) -> Array:
+    """Return which tuples each row may not see by the mask alone, (n, m1 .. mk), tuple by tuple."""
+    hidden = np.zeros(shape, dtype=bool)
+    for place in np.ndindex(*shape) if mask.kind != "full" else ():
+        row, keys = place[0] + query_offset, [j + offset for j, offset in zip(place[1:], key_offsets, strict=True)]
+        seen = all(key <= row for key in keys)
+        if mask.kind == "window":
+            seen = seen and all(key > row - w for key, w in zip(keys, mask.sizes, strict=True))
+        if mask.kind == "ordered":
+            seen = seen and all(a < b for a, b in pairwise(keys))
+        hidden[place] = not seen
+    return hidden
 
 
 def value_products(case: Case, dtype: Any = np.longdouble) -> Array:

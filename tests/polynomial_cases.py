@@ -9,7 +9,7 @@ import numpy as np
 
 from korder.methods.polynomial import PolynomialKernel
 from korder.planning.polynomial import polynomial_plan
-from korder.spec import Causal, Polynomial
+from korder.spec import Causal, Ordered, Polynomial, Window
 from korder.spi import KernelOutput, Plan
 from korder_numpy.polynomial import NumpyPolynomialKernel
 from tests.problems import Case, random_case
@@ -29,19 +29,37 @@ MASKS: dict[str, dict[str, Any]] = {
     "causal": {"mask": Causal()},
     "causal_offsets": {"mask": Causal(), "query_offset": 4, "key_offsets": (6, 2, 5)},
     "causal_late": {"mask": Causal(), "query_offset": 0, "key_offsets": (2, 3, 0)},
+    "window": {"sizes": (3, 5, 4, 2, 6, 3)},
+    "window_offsets": {"sizes": (6, 4, 9), "query_offset": 4, "key_offsets": (6, 2, 5)},
+    "window_wide": {"sizes": (13, 2, 30), "query_offset": 1, "key_offsets": (0, 3, 2)},
+    "ordered": {"mask": Ordered()},
+    "ordered_offsets": {"mask": Ordered(), "query_offset": 4, "key_offsets": (3, -2, 5)},
+    "ordered_late": {"mask": Ordered(), "query_offset": 0, "key_offsets": (-1, 3, 1)},
+    "window_long": {"sizes": (40, 64, 100)},
 }
+COMBINATIONS = [
+    (order, variant, mask)
+    for mask in MASKS
+    for number, variant in enumerate(VARIANTS)
+    for order in (1, 2, 3)
+    if mask != "window_long"
+    if mask.startswith(("full", "causal")) or order == 1 + (number + len(mask)) % 3
+]
+"""Orders, variants and masks: all of them under the full mask and the causal one, every variant once under others."""
 
 
 def polynomial_case(order: int, variant: str, mask: str, *, degree: int, seed: int = 0, **spec: Any) -> Case:
     """Return a random problem of the polynomial method."""
-    options = {**VARIANTS[variant], **MASKS[mask]}
-    for name in ("biases", "key_offsets", "key_widths"):
+    options = {**VARIANTS[variant], **MASKS[mask], **spec}
+    for name in ("biases", "key_offsets", "key_widths", "sizes"):
         if name in options:
             options[name] = options[name][:order]
+    if "sizes" in options:
+        options["mask"] = Window(sizes=options.pop("sizes"))
     if options.get("key_masks"):
         options["key_masks"] = (True,) * order
     options.setdefault("scale", 0.15)
-    return random_case(order, seed=seed, method=Polynomial(degree=degree), **{**options, **spec})
+    return random_case(order, seed=seed, method=Polynomial(degree=degree), **options)
 
 
 def run(

@@ -15,11 +15,12 @@ import korder
 from korder.errors import AccuracyError
 from korder.methods.certificates import certify
 from korder.methods.statistics import measure
-from korder.spec import AttentionSpec, Causal, Polynomial
+from korder.spec import AttentionSpec, Causal, Ordered, Polynomial, Window
+from korder.spec.masks import Mask
 from korder.spi import NEEDS, PROGRESS, OutputGradients
 from tests.limits import RATIO, error, unit
 from tests.oracle_polynomial import dense_exact, dense_polynomial
-from tests.polynomial_cases import KERNELS, MASKS, VARIANTS, centre_of, plan_of, polynomial_case, run, xp
+from tests.polynomial_cases import COMBINATIONS, KERNELS, centre_of, plan_of, polynomial_case, run, xp
 from tests.problems import Case, random_case
 
 DEGREES = {1: 5, 2: 4, 3: 2}
@@ -41,9 +42,7 @@ def assert_agrees(case: Case, output: Any, coefficients: tuple[float, ...]) -> N
     np.testing.assert_allclose(output.magnitude, np.where(exact["mean"] == 0, 0, exact["condition"]), rtol=1e-4)
 
 
-@pytest.mark.parametrize("order", [1, 2, 3])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("order", "variant", "mask"), COMBINATIONS)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernel_is_the_dense_polynomial(order: int, variant: str, mask: str, kernel: str) -> None:
     case = polynomial_case(order, variant, mask, degree=DEGREES[order], seed=order)
@@ -53,7 +52,7 @@ def test_kernel_is_the_dense_polynomial(order: int, variant: str, mask: str, ker
 
 
 @pytest.mark.parametrize("variant", ["plain", "biases", "cp"])
-@pytest.mark.parametrize("mask", ["full", "causal_offsets"])
+@pytest.mark.parametrize("mask", ["full", "causal_offsets", "window_offsets", "ordered_offsets"])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_float32(variant: str, mask: str, kernel: str) -> None:
     case = polynomial_case(2, variant, mask, degree=4, dtype="float32")
@@ -64,10 +63,11 @@ def test_float32(variant: str, mask: str, kernel: str) -> None:
 
 
 @pytest.mark.parametrize("order", [4, 5, 6])
-@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("mask", ["full", "causal", "window", "ordered"])
 def test_high_orders(order: int, mask: str) -> None:
-    case = random_case(
-        order, queries=5, query_width=2, value_width=3, scale=0.1, method=Polynomial(degree=3), **MASKS[mask]
+    options = {"query_offset": 4, "key_offsets": tuple(range(order))} if mask == "ordered" else {}
+    case = polynomial_case(
+        order, "plain", mask, degree=3, queries=5, query_width=2, value_width=3, scale=0.1, **options
     )
     plan, output = run(case)
     assert plan.polynomial is not None
@@ -104,7 +104,7 @@ def test_float16_operands_are_computed_in_float32() -> None:
     assert np.abs(output.output - exact.astype(float)).max() <= limit
 
 
-@pytest.mark.parametrize("mask", ["full", "causal_offsets"])
+@pytest.mark.parametrize("mask", ["full", "causal_offsets", "window_offsets", "ordered_offsets"])
 def test_masked_keys_never_leak(mask: str) -> None:
     case = polynomial_case(2, "masks_and_shared_bias", mask, degree=3)
     _, clean = run(case)
@@ -141,6 +141,56 @@ def test_a_nan_reaches_only_the_rows_that_see_it() -> None:
     np.testing.assert_array_equal(output.output[:, :, :6], clean.output[:, :, :6])
 
 
+def test_a_nan_that_has_left_a_window_leaves_nothing_behind() -> None:
+    case = polynomial_case(2, "plain", "window", degree=2, lengths=(11, 11), sizes=(4, 3))
+    _, clean = run(case, chunk=3)
+    keys = case.keys[1].copy()
+    keys[:, :, 4] = np.nan
+    spoilt = replace(case, keys=(case.keys[0], keys))
+    plan, output = run(spoilt, chunk=3)
+    assert np.all(np.isnan(output.output[:, :, 4:7]))
+    for rows in (slice(0, 4), slice(7, None)):
+        np.testing.assert_array_equal(output.output[:, :, rows], clean.output[:, :, rows])
+        bound = certify(xp, plan, spoilt.operands(), output, rounding_unit=1e-14).bound
+        assert np.all(np.isfinite(bound[:, :, rows]))
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_keys_that_no_ordered_tuple_holds_may_be_anything(poison: float) -> None:
+    case = polynomial_case(2, "plain", "ordered", degree=2, lengths=(7, 5))
+    _, clean = run(case, chunk=3)
+    keys, values = ([x.copy() for x in group] for group in (case.keys, case.values))
+    for group in (keys, values):
+        group[0][:, :, 4:] = poison  # no key of the second mode comes after them
+        group[1][:, :, 0] = poison  # no key of the first mode comes before it
+    spoilt = replace(case, keys=tuple(keys), values=tuple(values))
+    for kernel in KERNELS:
+        _, output = run(spoilt, kernel=kernel, chunk=3)
+        np.testing.assert_allclose(output.output, clean.output, rtol=1e-13)
+        np.testing.assert_allclose(output.lse, clean.lse, rtol=1e-13)
+
+
+def test_keys_far_before_the_first_row_cost_no_walk_over_the_gap() -> None:
+    case = polynomial_case(2, "plain", "ordered", degree=2, query_offset=10**9, key_offsets=(-(10**9), 10**6))
+    plan, output = run(case)
+    assert plan.polynomial is not None
+    assert_agrees(case, output, plan.polynomial.values)
+
+
+def test_a_huge_key_that_has_left_a_window_costs_no_digits() -> None:
+    case = polynomial_case(1, "plain", "window", degree=4, lengths=(200,), queries=200, sizes=(40,), batch=1)
+    keys = case.keys[0].copy()
+    keys[:, :, 70] *= 1e6
+    case = replace(case, keys=(keys,)).with_spec(scale=1e-7)
+    plan, output = run(case)
+    assert plan.polynomial is not None
+    exact = dense_polynomial(case, plan.polynomial.values, centre_of(output))["output"]
+    error = np.abs(output.output - exact).max(axis=(0, 1, 3))
+    assert error[110:].max() <= 1e-13
+    certificate = certify(xp, plan, case.operands(), output, rounding_unit=KERNELS["numpy"](xp, plan).rounding_unit)
+    assert np.max(certificate.rounding[:, :, 110:]) <= 1e-10
+
+
 def test_rows_without_a_live_tuple() -> None:
     case = polynomial_case(2, "plain", "causal", degree=2, key_offsets=(4, 2))
     plan, output = run(case)
@@ -152,7 +202,7 @@ def test_rows_without_a_live_tuple() -> None:
     assert np.all(certificate.bound[:, :, 4:] > 0)
 
 
-@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("mask", ["full", "causal", "window", "ordered"])
 @pytest.mark.parametrize(("queries", "lengths"), [(0, (3, 2)), (1, (1, 1)), (3, (0, 2)), (1, (5, 3))])
 def test_short_and_empty_lengths(queries: int, lengths: tuple[int, ...], mask: str) -> None:
     case = polynomial_case(2, "plain", mask, degree=2, queries=queries, lengths=lengths)
@@ -217,7 +267,7 @@ def test_a_mode_of_ones_reduces_the_order() -> None:
     np.testing.assert_allclose(three.lse, two.lse + np.log(3), rtol=1e-12)
 
 
-@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("mask", ["full", "causal", "window", "ordered"])
 def test_generic_code_runs_on_the_strict_standard(mask: str) -> None:
     strict = array_api_strict
     case = polynomial_case(2, "masks_and_shared_bias", mask, degree=2)
@@ -298,8 +348,8 @@ def test_calls_leave_no_memory_behind() -> None:
     assert left < 0.2 * peak  # ten plans and kernels, but not the block of features of any
 
 
-@pytest.mark.parametrize("mask", [None, Causal()])
-def test_planned_memory_is_true(mask: Causal | None) -> None:
+@pytest.mark.parametrize("mask", [None, Causal(), Window(sizes=(64, 300)), Ordered()])
+def test_planned_memory_is_true(mask: Mask | None) -> None:
     options = {} if mask is None else {"mask": mask}
     case = random_case(
         2, dtype="float32", batch=1, heads=1, groups=1, queries=601, lengths=(599, 607), query_width=12,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from korder.methods.statistics import measure, round_outward, row_bounds, row_centres
 from tests.oracle_polynomial import dense_scores
-from tests.polynomial_cases import MASKS, VARIANTS, polynomial_case, xp
+from tests.polynomial_cases import COMBINATIONS, polynomial_case, xp
 from tests.problems import Case
 
 
@@ -22,9 +22,7 @@ def live_scores(case: Case) -> tuple[Any, Any, Any]:
     return scores, np.where(live, np.exp(np.where(live, bias, 0)), 0), live
 
 
-@pytest.mark.parametrize("order", [1, 2, 3])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("order", "variant", "mask"), COMBINATIONS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_bounds_hold_and_centres_are_means(order: int, variant: str, mask: str, dtype: str) -> None:
     case = polynomial_case(order, variant, mask, degree=2, dtype=dtype, scale=-0.4, seed=order)

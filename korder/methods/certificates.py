@@ -19,6 +19,7 @@ from korder.methods.tolerances import ToleranceCheck, meets_tolerance
 from korder.planning.plan import Plan, PolynomialPlan
 from korder.problem import Problem
 from korder.result import Certificate
+from korder.spec.masks import Window
 from korder.spi.operands import KernelOutput, Operands
 
 __all__ = ["ToleranceCheck", "certify", "meets_tolerance"]
@@ -151,8 +152,9 @@ def _relative_rounding(
     features = (polynomial.degree + 8) * unit
     weights = 80.0 * UNIT64  # exp of a bias at most 70 below the largest
     loss = rounding_unit + features + (polynomial.features / 16 + 8) * UNIT64
-    for length in problem.lengths:
-        loss += rounding_unit + features + (length / 16 + 8) * UNIT64 + weights
+    sizes = problem.spec.mask.sizes if isinstance(problem.spec.mask, Window) else ()
+    for length in problem.lengths:  # no block of keys is shorter than 16 but under a window that is
+        loss += rounding_unit + features + (length / min((16, *sizes)) + 8) * UNIT64 + weights
     loss += (problem.order + 8) * unit + (8 * polynomial.degree + 4 * problem.order + 16) * UNIT64
     loss = loss * (1.0 + loss) * (1.0 + loss)
     if loss >= 0.25:

@@ -4,6 +4,7 @@ exact attention with the polynomial's weights in place of the softmax (the close
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -138,10 +139,19 @@ class RowGradients:
         assert saved.normaliser is not None
         mean = saved.normaliser / xp.exp(xp.where(self.live, log_weights, xp.zeros_like(log_weights)))
         self.mean = xp.where(self.live, mean, xp.ones_like(mean))
+        self.turned = False
+
+    def turned_round(self) -> RowGradients:
+        """Return the same rows with the last one first."""
+        other = copy(self)
+        other.turned = not self.turned
+        return other
 
     def block(self, batch: int, head: int, start: int, stop: int) -> Array:
         """Return [G, g_lse - sum_c G out] / mean polynomial (stop - start, e + 1), float64; 0 in dead rows."""
         xp = self.xp
+        if self.turned:
+            start, stop = (self.live.shape[2] - row for row in (stop, start))
         at = (batch, head, slice(start, stop))
         gradient = xp.astype(self.grads.output[(*at, slice(None))], xp.float64)
         output = xp.astype(self.saved.output[(*at, slice(None))], xp.float64)
@@ -149,7 +159,8 @@ class RowGradients:
         if self.grads.lse is not None:
             last = last + xp.astype(self.grads.lse[at], xp.float64)
         both = xp.concat([gradient, last[:, None]], axis=1) / self.mean[at][:, None]
-        return xp.where(self.live[at][:, None], both, xp.zeros_like(both))
+        both = xp.where(self.live[at][:, None], both, xp.zeros_like(both))
+        return xp.flip(both, axis=0) if self.turned else both
 
 
 def backward(
@@ -172,11 +183,20 @@ def backward(
     kernels = [kernel] if kernel.polynomial.gradient == "consistent" else [kernel, _antiderivative(kernel)]
     for index, plane in enumerate(planes(xp, problem, operands, residuals["maxima"])):
         statistics = (residuals["centre"], residuals["scales"][index, ...], residuals["states"][index, ...])
-        if problem.spec.mask.kind == "causal":
+        kind = problem.spec.mask.kind
+        if kind == "causal":
             from korder.methods.running_gradients import causal_plane_backward
 
             assert len(kernels) == 1, "capabilities refuse the closed form under this mask"
             causal_plane_backward(kernel, operands, plane, statistics, rows, store)
+        elif kind == "window":
+            from korder.methods.window_gradients import window_plane_backward
+
+            window_plane_backward(kernel, operands, plane, statistics, rows, store)
+        elif kind == "ordered":
+            from korder.methods.ordered_gradients import ordered_plane_backward
+
+            ordered_plane_backward(kernel, operands, plane, statistics, rows, store)
         else:
             _plane_backward(kernels, plane, statistics, rows, store, needs)
     return store.gradients(needs)

@@ -1,7 +1,7 @@
 """The polynomial method over any Array API namespace: exp becomes a polynomial, sums over tuples products of sums.
 
-`PolynomialKernel` is functional and readable; a backend overrides the five array operations at its end, or a pass. The
-causal form stands in `running`.
+`PolynomialKernel` is functional and readable; a backend overrides the array operations at its end, those in
+`running_arrays`, or a pass. The forms of other masks than the full one stand in `running`, `windows` and `ordered`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from korder.methods.readings import (
     prod_arrays,
     sum_arrays,
 )
+from korder.methods.running_arrays import RunningArrays
 from korder.methods.sight import live_rows
 from korder.methods.statistics import column_peaks, row_centres
 from korder.planning.plan import Plan, PolynomialPlan
@@ -44,7 +45,7 @@ from korder.spi.progress import PROGRESS
 Array = Any
 
 
-class PolynomialKernel:
+class PolynomialKernel(RunningArrays):
     """A compiled polynomial plan.
 
     Cost:      2 (k + 1) n r (e + 1) flop, linear in tokens; workspace k r (e + 1) plus one block of features.
@@ -121,12 +122,13 @@ class PolynomialKernel:
         problem, order = self.problem, self.problem.order
         rows = (problem.batch, problem.heads, problem.queries)
         planes = plane_count(problem, operands)
+        kept = self.table.features if problem.spec.mask.kind in ("full", "causal") else 0
         shapes = {
             **dict.fromkeys(("lse", "normaliser", "magnitude", "centre"), rows),
             "moments": (*rows, self.polynomial.degree + 1),
             "scales": (planes, order + 1, self.table.width),
             "maxima": (planes, order),
-            "states": (planes, order, self.table.features, problem.value_width + 1),
+            "states": (planes, order, kept, problem.value_width + 1),
         }
         return {name: (shape, "float64") for name, shape in shapes.items()}
 
@@ -142,10 +144,10 @@ class PolynomialKernel:
         self, operands: Operands, plane: Plane, scales: Array, states: list[Array], progress: Progress
     ) -> Iterator[tuple[int, int, int, Reading]]:
         """Yield (head, start, stop, reading) for the rows of a plane; puts its modes' key states into `states`."""
-        if self.problem.spec.mask.kind == "causal":
-            from korder.methods.running import causal_readings
+        if self.problem.spec.mask.kind != "full":
+            from korder.methods.running import running_readings
 
-            yield from causal_readings(self, operands, plane, scales, states, progress)
+            yield from running_readings(self, operands, plane, scales, states, progress)
             return
         found = [self.key_state(plane, t, scales, progress) for t in range(self.problem.order)]
         states += [state for state, _ in found]
@@ -378,23 +380,3 @@ class PolynomialKernel:
     def collector(self, place: Any, trailing: tuple[int, ...] = (), dtype: Any = None) -> RowCollector:
         """Return what gathers blocks of rows on a device into (b, h, n, ..); float64 when no dtype is named."""
         return RowCollector(self.xp, self.problem, place, trailing, dtype)
-
-    def running_state(self, features: Array, weighted: Array, carry: Array) -> Array:
-        """Return carry (rho, e') + running sums over tokens of features (rho, c) by weighted (c, e'): (c, rho, e')."""
-        terms = self.xp.permute_dims(features, (1, 0))[:, :, None] * weighted[:, None, :]
-        return carry[None, :, :] + self.xp.cumulative_sum(terms, axis=0)
-
-    def reverse_running(self, terms: Array, carry: Array) -> tuple[Array, Array]:
-        """Return carry (rho, e') + the sums of terms (c, rho, e') from each token on, and the sum of all, no carry."""
-        xp = self.xp
-        sums = xp.flip(xp.cumulative_sum(xp.flip(terms, axis=0), axis=0), axis=0)
-        return carry[None, :, :] + sums, sums[0, ...]
-
-    def running_read(self, features: Array, states: Array) -> Array:
-        """Return the sum over rho of features (rho, c) times states (c, rho, e'): (c, e') float64."""
-        rows = self.xp.permute_dims(features, (1, 0))[:, None, :]
-        return self.xp.astype(self.xp.matmul(rows, states)[:, 0, :], self.xp.float64)
-
-    def running_dot(self, states: Array, weighted: Array) -> Array:
-        """Return the inner products over channels of states (c, rho, e') and weighted (c, e'): (rho, c)."""
-        return self.xp.permute_dims(self.xp.matmul(states, weighted[:, :, None])[:, :, 0], (1, 0))

@@ -1,7 +1,8 @@
-"""The causal form of the polynomial method: key states that grow with the rows, never stored for all of them.
+"""Rows that see some of the keys: key states that move with the rows, never stored for all of them.
 
-Every row sees the product set of its prefixes, so its reading is against the product of the modes' running sums. Tokens
-go in blocks, with a carry in float64; inside a block, features go in runs whose states stay in cache.
+Under a causal mask or a window every row sees a product set, so its reading is against the product of the modes' sums.
+Tokens go in blocks, with sums over what all rows of a block see in float64; inside a block, features go in runs whose
+states stay in cache.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import log2
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from array_api_compat import device
 
 from korder.methods.factors import Plane
 from korder.methods.readings import Progress, Reading, nonzero, prod_arrays
+from korder.methods.running_arrays import Tokens
 from korder.methods.sight import Sight
 from korder.planning.polynomial import RUNNING_ELEMENTS
 from korder.spi.operands import Operands
@@ -23,11 +25,13 @@ if TYPE_CHECKING:
     from korder.methods.polynomial import PolynomialKernel
 
 Array = Any
+State = tuple[Array, Array]
+"""Sums over keys of u [w v, w] (r, e + 1) and of |u| w (r, 1), float64."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """The keys of one mode that a block of rows brings into sight, one per row; zeros where a row brings none."""
+    """Keys of one mode that a block of rows brings into sight or out of it, one per row; zeros where there is none."""
 
     columns: Array
     """(w, c), scaled."""
@@ -36,6 +40,10 @@ class Stream:
     weighted: Array
     """[w v, w] (c, e + 1), shrunk."""
 
+    def run(self, start: int, stop: int) -> Tokens:
+        """Return a run of the features, with the weighted values."""
+        return self.features[start:stop, :], self.weighted
+
 
 @dataclass(frozen=True, slots=True)
 class Pace:
@@ -43,8 +51,9 @@ class Pace:
 
     scales: Array
     shifts: tuple[int, ...]
+    windows: tuple[int, ...]
     shrinks: tuple[float, ...]
-    """Powers of two about 1 / sqrt(m_t) that keep products of k states inside float32."""
+    """Powers of two about 1 / sqrt(keys seen) that keep products of k states inside float32."""
     weights: list[Array]
     """Multiplicities and scales of each degree's monomials, (r_s, 1) in the compute dtype, at most 1."""
     factors: list[Array]
@@ -56,47 +65,146 @@ class Pace:
         sight = Sight.of(kernel.problem, operands)
         ones = kernel.xp.ones((kernel.table.features, 1), dtype=kernel.xp.float64, device=device(scales))
         table = kernel.normalised(ones, ones, scales)
-        shrinks = tuple(2.0 ** -round(log2(max(m, 1)) / 2) for m in sight.lengths)
-        return cls(scales, sight.shifts, shrinks, table.values, table.factors)
+        seen = [min(pair) for pair in zip(sight.lengths, sight.windows or sight.lengths, strict=True)]
+        shrinks = tuple(2.0 ** -round(log2(max(m, 1)) / 2) for m in seen)
+        return cls(scales, sight.shifts, sight.windows, shrinks, table.values, table.factors)
 
 
-def causal_readings(
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a block of rows sees of one mode: keys that all its rows see, and those that come and go with the rows."""
+
+    state: Array
+    absolute: Array
+    arriving: Stream
+    """Key q is seen by the rows from q on."""
+    leaving: Stream | None = None
+    """Under a window: key q is seen by the rows up to q."""
+    still: Tokens | None = None
+    """Features and weighted values of `leaving`, those of the last key cleared: the sums over all rows have it."""
+
+    def counts(self, xp: Any) -> Array:
+        """Return the sum of weights that each row sees, shrunk: (c,) float64."""
+        counts = self.state[0, -1] + xp.cumulative_sum(xp.astype(self.arriving.weighted[:, -1], xp.float64), axis=0)
+        if self.still is None:
+            return counts
+        leaving = xp.flip(xp.astype(self.still[1][:, -1], xp.float64), axis=0)
+        return counts + xp.flip(xp.cumulative_sum(leaving, axis=0), axis=0)
+
+    def states(self, kernel: PolynomialKernel, start: int, stop: int) -> Array:
+        """Return the states (c, rho, e + 1) that the rows see of a run of features."""
+        carry = kernel.xp.astype(self.state[start:stop, :], kernel.dtype)
+        if self.still is None:
+            return kernel.running_state(self.arriving.run(start, stop), carry)
+        features, weighted = self.still
+        return kernel.sliding_state(self.arriving.run(start, stop), (features[start:stop, :], weighted), carry)
+
+    def sizes(self, kernel: PolynomialKernel, start: int, stop: int) -> Array:
+        """Return the absolute sums (rho, c) that the rows see of a run of features."""
+        xp = kernel.xp
+        found = xp.astype(self.absolute[start:stop, :], kernel.dtype)
+        found = found + xp.cumulative_sum(_sizes(xp, *self.arriving.run(start, stop)), axis=1)
+        if self.still is None:
+            return found
+        features, weighted = self.still
+        terms = xp.flip(_sizes(xp, features[start:stop, :], weighted), axis=1)
+        return found + xp.flip(xp.cumulative_sum(terms, axis=1), axis=1)
+
+
+def _sizes(xp: Any, features: Array, weighted: Array) -> Array:
+    return xp.abs(features) * weighted[None, :, -1]
+
+
+class Rows(Protocol):
+    """What a block of rows reads: sums over the tuples that each row sees."""
+
+    def counts(self) -> Array:
+        """Return the sums of weights, shrunk, ones in place of zeros: (c,) float64."""
+
+    def products(self, start: int, stop: int) -> tuple[Array, Array]:
+        """Return, for a run of features, the sums over tuples (c, rho, e + 1) and the absolute ones (rho, c)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProductRows:
+    """Rows that see a product set."""
+
+    kernel: PolynomialKernel
+    seen: list[Seen]
+
+    def counts(self) -> Array:
+        """Return the product of the modes' sums of weights."""
+        return nonzero(self.kernel.xp, prod_arrays([part.counts(self.kernel.xp) for part in self.seen]))
+
+    def products(self, start: int, stop: int) -> tuple[Array, Array]:
+        """Return the product of the modes' states, and of their absolute sums."""
+        states = [part.states(self.kernel, start, stop) for part in self.seen]
+        return prod_arrays(states), prod_arrays([part.sizes(self.kernel, start, stop) for part in self.seen])
+
+
+class PrefixKeys:
+    """The keys of one mode under a causal mask, as rows go by."""
+
+    def __init__(self, kernel: PolynomialKernel, plane: Plane, mode: int, pace: Pace, progress: Progress) -> None:
+        self._kernel, self._plane, self._mode, self._pace = kernel, plane, mode, pace
+        end = min(max(pace.shifts[mode], 0), plane.keys[mode].length)
+        self.carry = keys_state(kernel, plane, mode, pace, (0, end))
+        progress.advance(end)
+
+    @property
+    def last(self) -> Array:
+        """The state after the last row, which backward starts from."""
+        return self.carry[0]
+
+    def block(self, start: int, stop: int) -> Seen:
+        """Return what rows start..stop see."""
+        shift = self._pace.shifts[self._mode]
+        arriving = keys_block(self._kernel, self._plane, self._mode, self._pace, start + shift, stop + shift)
+        return Seen(*self.carry, arriving)
+
+    def take(self, seen: Seen) -> None:
+        """Add what a block brought into sight."""
+        self.carry = add_states(self.carry, stream_state(self._kernel, seen.arriving))
+
+
+def running_readings(
     kernel: PolynomialKernel, operands: Operands, plane: Plane, scales: Array, states: list[Array], progress: Progress
 ) -> Iterator[tuple[int, int, int, Reading]]:
     """Yield (head, start, stop, reading) for the rows of a plane; puts the modes' last states into `states`.
 
-    Cost:    (3 k + 1) r (e + 1) elementwise operations a token; workspace k r (e + 1) and a block of features.
+    Cost:    (3 k + 1) r (e + 1) elementwise operations a token, (6 k + 1) under a window of any size; workspace
+             k r (e + 1), under a window times the logarithm of its size, and a block of features.
     Source:  prefix sums of low-rank factors for order 1, Liang et al., arXiv 2405.05219; products of them are ours.
     """
     pace = Pace.of(kernel, operands, scales)
-    carries = [initial_carry(kernel, plane, t, pace, progress) for t in range(kernel.problem.order)]
-    for start, stop in kernel.blocks(kernel.problem.queries):
-        streams = [stream(kernel, plane, t, pace, start, stop) for t in range(kernel.problem.order)]
+    walk: Iterator[tuple[int, int, Rows]]
+    if kernel.problem.spec.mask.kind == "ordered":
+        from korder.methods.ordered import ordered_walk
+
+        walk = ordered_walk(kernel, operands, plane, pace, states, progress)
+    else:
+        walk = _product_walk(kernel, plane, pace, states, progress)
+    for start, stop, rows in walk:
         queries = [kernel.features(kernel.scaled(q, scales[0, ...], start, stop)) for q in plane.queries]
-        yield from _read_block(kernel, plane, pace, (start, stop), streams, carries, queries)
-        carries = [advance(kernel, carry, part) for carry, part in zip(carries, streams, strict=True)]
-        progress.advance((stop - start) * (len(plane.heads) + len(streams)))
-    states += [state for state, _ in carries]
+        yield from _read_block(kernel, plane, pace, (start, stop), rows, queries)
+        del rows, queries  # before the next block is built
+        progress.advance((stop - start) * (len(plane.heads) + len(plane.keys)))
 
 
-def initial_carry(
-    kernel: PolynomialKernel, plane: Plane, mode: int, pace: Pace, progress: Progress
-) -> tuple[Array, Array]:
-    """Return the sums (r, e + 1) and absolute sums (r, 1) over the keys before the first row's own, float64."""
-    xp, key = kernel.xp, plane.keys[mode]
-    shape = (kernel.table.features, kernel.problem.value_width + 1)
-    state = xp.zeros(shape, dtype=xp.float64, device=device(key.rows))
-    carry = (state, state[:, -1:])
-    end = min(max(pace.shifts[mode], 0), key.length)
-    for start, stop in kernel.blocks(end):
-        carry = advance(kernel, carry, keys_block(kernel, plane, mode, pace, start, stop))
-        progress.advance(stop - start)
-    return carry
+def _product_walk(
+    kernel: PolynomialKernel, plane: Plane, pace: Pace, states: list[Array], progress: Progress
+) -> Iterator[tuple[int, int, Rows]]:
+    """Yield (start, stop, what they read) for blocks of rows."""
+    from korder.methods.windows import WindowKeys, row_blocks
 
-
-def stream(kernel: PolynomialKernel, plane: Plane, mode: int, pace: Pace, start: int, stop: int) -> Stream:
-    """Return the keys that rows start..stop bring into sight."""
-    return keys_block(kernel, plane, mode, pace, start + pace.shifts[mode], stop + pace.shifts[mode])
+    kind = WindowKeys if pace.windows else PrefixKeys
+    modes = [kind(kernel, plane, t, pace, progress) for t in range(kernel.problem.order)]
+    for start, stop in row_blocks(kernel, pace):
+        seen = [mode.block(start, stop) for mode in modes]
+        yield start, stop, ProductRows(kernel, seen)
+        for mode in modes:
+            mode.take(seen.pop(0))
+    states += [mode.last for mode in modes]
 
 
 def keys_block(kernel: PolynomialKernel, plane: Plane, mode: int, pace: Pace, start: int, stop: int) -> Stream:
@@ -106,13 +214,32 @@ def keys_block(kernel: PolynomialKernel, plane: Plane, mode: int, pace: Pace, st
     return Stream(columns, kernel.features(columns), weighted)
 
 
-def advance(kernel: PolynomialKernel, carry: tuple[Array, Array], part: Stream) -> tuple[Array, Array]:
-    """Return the carry with a block of keys added."""
-    state, absolute = carry
-    return (
-        state + kernel.product(part.features, part.weighted),
-        absolute + kernel.absolute_sums(part.columns, part.features, part.weighted[:, -1:]),
-    )
+def stream_state(kernel: PolynomialKernel, part: Stream) -> State:
+    """Return the sums over a block of keys."""
+    state = kernel.product(part.features, part.weighted)
+    return state, kernel.absolute_sums(part.columns, part.features, part.weighted[:, -1:])
+
+
+def keys_state(kernel: PolynomialKernel, plane: Plane, mode: int, pace: Pace, keys: tuple[int, int]) -> State:
+    """Return the sums over keys start..stop of a mode, which lie inside the array."""
+    state = empty_state(kernel, plane)
+    for first in range(*keys, kernel.polynomial.chunk):
+        last = min(first + kernel.polynomial.chunk, keys[1])
+        state = add_states(state, stream_state(kernel, keys_block(kernel, plane, mode, pace, first, last)))
+    return state
+
+
+def empty_state(kernel: PolynomialKernel, plane: Plane) -> State:
+    """Return the sums over no keys."""
+    xp = kernel.xp
+    shape = (kernel.table.features, kernel.problem.value_width + 1)
+    state = xp.zeros(shape, dtype=xp.float64, device=device(plane.keys[0].rows))
+    return state, state[:, -1:]
+
+
+def add_states(one: State, other: State) -> State:
+    """Return the sums over two disjoint sets of keys."""
+    return one[0] + other[0], one[1] + other[1]
 
 
 def runs(kernel: PolynomialKernel, tokens: int) -> Iterator[tuple[int, int, int]]:
@@ -125,31 +252,20 @@ def runs(kernel: PolynomialKernel, tokens: int) -> Iterator[tuple[int, int, int]
             yield s, start, min(start + length, rows.stop)
 
 
-def block_counts(kernel: PolynomialKernel, streams: list[Stream], carries: list[tuple[Array, Array]]) -> Array:
-    """Return the product of the weights that each row of a block sees, shrunk: (c,) float64."""
-    xp = kernel.xp
-    totals = [
-        carry[0][0, -1] + xp.cumulative_sum(xp.astype(part.weighted[:, -1], xp.float64), axis=0)
-        for carry, part in zip(carries, streams, strict=True)
-    ]
-    return nonzero(xp, prod_arrays(totals))
-
-
 def _read_block(
     kernel: PolynomialKernel,
     plane: Plane,
     pace: Pace,
-    rows: tuple[int, int],
-    streams: list[Stream],
-    carries: list[tuple[Array, Array]],
+    block: tuple[int, int],
+    rows: Rows,
     queries: list[Array],
 ) -> Iterator[tuple[int, int, int, Reading]]:
     xp = kernel.xp
-    counts = block_counts(kernel, streams, carries)
+    counts = rows.counts()
     found = [Reading([], []) for _ in plane.heads]
-    for s, start, stop in runs(kernel, rows[1] - rows[0]):
+    for s, start, stop in runs(kernel, block[1] - block[0]):
         first = start == kernel.table.offsets[s]
-        product, absolute = running_products(kernel, streams, carries, start, stop)
+        product, absolute = rows.products(start, stop)
         weights = pace.weights[s][start - kernel.table.offsets[s] : stop - kernel.table.offsets[s], :1]
         for reading, features in zip(found, queries, strict=True):
             query = features[start:stop, :] * weights
@@ -162,18 +278,4 @@ def _read_block(
                 reading.sums[s] = reading.sums[s] + part
                 reading.absolute[s] = reading.absolute[s] + sizes
     for head, reading in zip(plane.heads, found, strict=True):
-        yield head, *rows, reading
-
-
-def running_products(
-    kernel: PolynomialKernel, streams: list[Stream], carries: list[tuple[Array, Array]], start: int, stop: int
-) -> tuple[Array, Array]:
-    """Return the product over modes of a run's running states (c, rho, e + 1), and of its absolute sums (rho, c)."""
-    xp = kernel.xp
-    states, sizes = [], []
-    for part, (state, absolute) in zip(streams, carries, strict=True):
-        features = part.features[start:stop, :]
-        states.append(kernel.running_state(features, part.weighted, xp.astype(state[start:stop, :], kernel.dtype)))
-        terms = xp.abs(features) * part.weighted[None, :, -1]
-        sizes.append(xp.astype(absolute[start:stop, :], kernel.dtype) + xp.cumulative_sum(terms, axis=1))
-    return prod_arrays(states), prod_arrays(sizes)
+        yield head, *block, reading

@@ -1,19 +1,25 @@
-"""Gradients of the causal form: rows are walked backwards, states shrink by subtraction, their gradients grow."""
+"""Gradients where rows see some of the keys: what their blocks share, and the causal form.
+
+Under a causal mask rows are walked backwards, states shrink by subtraction, their gradients grow.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from korder.methods.factors import Plane
 from korder.methods.feature_gradients import GradientStore, KeyPart, RowGradients, split_reading
 from korder.methods.readings import centred_coefficients, prod_arrays
-from korder.methods.running import Pace, Stream, block_counts, keys_block, runs, stream
+from korder.methods.running import Pace, ProductRows, Seen, Stream, keys_block, runs
 from korder.spi.operands import Operands
 
 if TYPE_CHECKING:
     from korder.methods.polynomial import PolynomialKernel
 
 Array = Any
+Running = Callable[[Array, Array], tuple[Array, Array]]
+"""(terms (c, rho, e + 1), carry) -> (running sums and carry, the sum of all)."""
 
 
 def causal_plane_backward(
@@ -31,131 +37,151 @@ def causal_plane_backward(
     xp, order = kernel.xp, kernel.problem.order
     centre, scales, states = statistics
     pace = Pace.of(kernel, operands, scales)
-    carries = [(states[t, ...], states[t, :, -1:]) for t in range(order)]
+    carries = [states[t, ...] for t in range(order)]
     flows = [xp.zeros_like(states[t, ...]) for t in range(order)]
     for start, stop in reversed(list(kernel.blocks(kernel.problem.queries))):
-        streams = [stream(kernel, plane, t, pace, start, stop) for t in range(order)]
-        carries = [_before(kernel, carry, part) for carry, part in zip(carries, streams, strict=True)]
-        block = _Block(kernel, plane, pace, streams, carries, start, stop)
-        flows = block.walk(centre, rows, flows)
+        places = [(start + shift, stop + shift) for shift in pace.shifts]
+        streams = [keys_block(kernel, plane, t, pace, *place) for t, place in enumerate(places)]
+        seen = [_before(kernel, carry, part) for carry, part in zip(carries, streams, strict=True)]
+        carries = [part.state for part in seen]
+        block = RowsBack(kernel, plane, pace, (start, stop), ProductRows(kernel, seen).counts(), centre, rows)
+        reads = [KeyReads(kernel, part) for part in streams]
+        flows = read_runs(block, seen, reads, flows, kernel.reverse_running, queries=True)
         block.store_queries(store)
-        for t in range(order):
-            block.store_keys(store, t)
-        del block, streams  # before the next block is built
+        for t, place in enumerate(places):
+            _store_keys(plane, t, pace, place, reads.pop(0), store)
+        del block, streams, seen  # before the next block is built
     for t in range(order):
         _store_early_keys(kernel, plane, t, pace, flows[t], store)
         _store_unseen(kernel, plane, t, pace, store)
 
 
-def _before(kernel: PolynomialKernel, carry: tuple[Array, Array], part: Stream) -> tuple[Array, Array]:
-    state = carry[0] - kernel.product(part.features, part.weighted)
-    return state, state[:, -1:]
+def _before(kernel: PolynomialKernel, carry: Array, part: Stream) -> Seen:
+    state = carry - kernel.product(part.features, part.weighted)
+    return Seen(state, state[:, -1:], part)
 
 
-class _Block:
-    """One block of rows on the way back."""
+def read_runs(
+    block: RowsBack, seen: list[Seen], reads: list[KeyReads], flows: list[Array], running: Running, *, queries: bool
+) -> list[Array]:
+    """Go through the runs of features; return the flows (gradients of the states) with the block's rows added.
+
+    Args:
+        block: The rows.
+        seen: What they see of each mode.
+        reads: For each mode the keys that the block settles; takes their gradients.
+        flows: (r, e + 1) float64, the rows before this block, in the order of the walk.
+        running: `reverse_running` where rows are walked backwards and `running_sums` where forwards.
+        queries: Whether the gradients of the queries are wanted.
+    """
+    new = [
+        _read_run(block, seen, reads, flows, running, run, queries=queries) for run in runs(block.kernel, block.tokens)
+    ]
+    return [block.kernel.xp.concat(list(parts), axis=0) for parts in zip(*new, strict=True)]
+
+
+def _read_run(
+    block: RowsBack,
+    seen: list[Seen],
+    reads: list[KeyReads],
+    flows: list[Array],
+    running: Running,
+    run: tuple[int, int, int],
+    *,
+    queries: bool,
+) -> list[Array]:
+    """Handle one run of features; return its flows (rho, e + 1) with the block's rows added."""
+    kernel, xp = block.kernel, block.kernel.xp
+    _, start, stop = run
+    states = [part.states(kernel, start, stop) for part in seen]
+    gradient = block.read(run, prod_arrays(states) if queries else None)
+    new = []
+    for t, (flow, read) in enumerate(zip(flows, reads, strict=True)):
+        terms = prod_arrays([gradient, *(state for u, state in enumerate(states) if u != t)])
+        each, total = running(terms, xp.astype(flow[start:stop, :], kernel.dtype))
+        read.add(start, stop, each)
+        new.append(flow[start:stop, :] + xp.astype(total, xp.float64))
+    return new
+
+
+class RowsBack:
+    """A block of rows on the way back: its query features, and the gradients of its readings and of these features."""
 
     def __init__(
         self,
         kernel: PolynomialKernel,
         plane: Plane,
         pace: Pace,
-        streams: list[Stream],
-        carries: list[tuple[Array, Array]],
-        start: int,
-        stop: int,
+        block: tuple[int, int],
+        counts: Array,
+        centre: Array,
+        rows: RowGradients,
     ) -> None:
         xp = kernel.xp
-        self.kernel, self.plane, self.pace, self.streams, self.carries = kernel, plane, pace, streams, carries
-        self.start, self.stop = start, stop
-        self.raws = [query.operand_columns(xp, start, stop) for query in plane.queries]
+        self.kernel, self.plane, self.pace = kernel, plane, pace
+        self.start, self.tokens = block[0], block[1] - block[0]
+        self.raws = [query.operand_columns(xp, *block) for query in plane.queries]
         self.columns = [
             kernel.normalise_columns(query.projection.apply(xp, raw), pace.scales[0, ...])
             for query, raw in zip(plane.queries, self.raws, strict=True)
         ]
         self.features = [kernel.features(columns) for columns in self.columns]
-        self._query_gradients: list[list[Array]] = [[] for _ in plane.heads]
-        self._key_gradients: list[list[Array]] = [[] for _ in streams]
-        self._reads: list[Array | None] = [None] * len(streams)
+        self._gradients = [rows.block(plane.batch, head, *block) / counts[:, None] for head in plane.heads]
+        values = kernel.polynomial.values
+        self._shares = [
+            centred_coefficients(values, -centre[plane.batch, head, block[0] : block[1]]) for head in plane.heads
+        ]
+        self._found: list[list[Array]] = [[] for _ in plane.heads]
 
-    def walk(self, centre: Array, rows: RowGradients, flows: list[Array]) -> list[Array]:
-        """Go through the runs of features; return the flows (gradients of the states) before this block."""
-        kernel, xp = self.kernel, self.kernel.xp
-        counts = block_counts(kernel, self.streams, self.carries)
-        gradients, shares = [], []
-        for head in self.plane.heads:
-            block = rows.block(self.plane.batch, head, self.start, self.stop) / counts[:, None]
-            gradients.append(block)
-            values = kernel.polynomial.values
-            shares.append(centred_coefficients(values, -centre[self.plane.batch, head, self.start : self.stop]))
-        new: list[list[Array]] = [[] for _ in flows]
-        for s, start, stop in runs(kernel, self.stop - self.start):
-            weighted = [
-                xp.astype(share[s][:, None] * gradient * self.pace.factors[s], kernel.dtype)
-                for share, gradient in zip(shares, gradients, strict=True)
-            ]
-            begun = self._run(s, start, stop, weighted, [flow[start:stop, :] for flow in flows])
-            for store, part in zip(new, begun, strict=True):
-                store.append(part)
-        return [xp.concat(store, axis=0) for store in new]
-
-    def _run(self, s: int, start: int, stop: int, weighted: list[Array], flows: list[Array]) -> list[Array]:
-        """Handle one run of features; return its flows before the block (rho, e + 1)."""
+    def read(self, run: tuple[int, int, int], product: Array | None) -> Array:
+        """Return the gradient (c, rho, e + 1) of the products of states; given these, note that of the features."""
+        s, start, stop = run
         kernel, xp = self.kernel, self.kernel.xp
         offset = kernel.table.offsets[s]
         weights = self.pace.weights[s][start - offset : stop - offset, :1]
-        states = [
-            kernel.running_state(
-                part.features[start:stop, :], part.weighted, xp.astype(carry[start:stop, :], kernel.dtype)
-            )
-            for part, (carry, _) in zip(self.streams, self.carries, strict=True)
-        ]
-        product = prod_arrays(states)
-        product_gradient = None
-        for found, features, gradient in zip(self._query_gradients, self.features, weighted, strict=True):
-            query = features[start:stop, :] * weights
-            found.append(kernel.running_dot(product, gradient) * weights)
-            part = xp.permute_dims(query, (1, 0))[:, :, None] * gradient[:, None, :]
-            product_gradient = part if product_gradient is None else product_gradient + part
-        begun = []
-        for t, (part, flow) in enumerate(zip(self.streams, flows, strict=True)):
-            others = [state for u, state in enumerate(states) if u != t]
-            terms = prod_arrays([product_gradient, *others])
-            arriving, total = kernel.reverse_running(terms, xp.astype(flow, kernel.dtype))
-            self._key_gradients[t].append(kernel.running_dot(arriving, part.weighted))
-            read = kernel.running_read(part.features[start:stop, :], arriving)
-            self._reads[t] = read if self._reads[t] is None else self._reads[t] + read
-            begun.append(flow + xp.astype(total, xp.float64))
-        return begun
+        total = None
+        for found, features, gradient, shares in zip(
+            self._found, self.features, self._gradients, self._shares, strict=True
+        ):
+            weighted = xp.astype(shares[s][:, None] * gradient * self.pace.factors[s], kernel.dtype)
+            if product is not None:
+                found.append(kernel.running_dot(product, weighted) * weights)
+            part = kernel.running_terms((features[start:stop, :] * weights, weighted))
+            total = part if total is None else total + part
+        return total
 
     def store_queries(self, store: GradientStore) -> None:
         """Hand over the gradients of the queries."""
         kernel, scale = self.kernel, self.pace.scales[0, ...]
         for head, raw, columns, features, parts in zip(
-            self.plane.heads, self.raws, self.columns, self.features, self._query_gradients, strict=True
+            self.plane.heads, self.raws, self.columns, self.features, self._found, strict=True
         ):
             gradient = kernel.adjoint(columns, features, kernel.xp.concat(parts, axis=0))
             store.add_query(self.plane, head, self.start, raw, kernel.normalise_columns(gradient, scale))
 
-    def store_keys(self, store: GradientStore, mode: int) -> None:
-        """Hand over the gradients of the keys that this block brought into sight, those inside the array."""
-        kernel, pace = self.kernel, self.pace
-        first, last = self.start + pace.shifts[mode], self.stop + pace.shifts[mode]
-        low, high = max(first, 0) - first, min(last, self.plane.keys[mode].length) - first
-        if low >= high:
-            return
-        gradient = kernel.xp.concat(self._key_gradients[mode], axis=0)
-        part = _key_part(kernel, self.plane, mode, pace, (first, last), self.streams[mode], gradient, self._reads[mode])
-        raw, columns, values, weights = part
-        store.add_keys(
-            self.plane,
-            mode,
-            first + low,
-            (raw[:, low:high], columns[:, low:high], values[low:high, :], weights[low:high]),
-        )
+
+class KeyReads:
+    """The gradients of a block of keys, run by run, read off those of the states that the keys were added to."""
+
+    def __init__(self, kernel: PolynomialKernel, part: Stream) -> None:
+        self.kernel, self.stream = kernel, part
+        self._found: list[Array] = []
+        self._read: Array | None = None
+
+    def add(self, start: int, stop: int, flow: Array) -> None:
+        """Note what a run's flow (c, rho, e + 1), one for each key, says."""
+        features, weighted = self.stream.run(start, stop)
+        self._found.append(self.kernel.running_dot(flow, weighted))
+        read = self.kernel.running_read(features, flow)
+        self._read = read if self._read is None else self._read + read
+
+    def part(self, plane: Plane, mode: int, pace: Pace, tokens: tuple[int, int]) -> KeyPart:
+        """Return the gradients of the keys at `tokens`."""
+        gradient = self.kernel.xp.concat(self._found, axis=0)
+        return key_part(self.kernel, plane, mode, pace, tokens, self.stream, gradient, self._read)
 
 
-def _key_part(
+def key_part(
     kernel: PolynomialKernel,
     plane: Plane,
     mode: int,
@@ -165,6 +191,7 @@ def _key_part(
     features_gradient: Array,
     read: Array,
 ) -> KeyPart:
+    """Return the gradients of keys, given those of their features (r, c) and their readings (c, e + 1)."""
     xp = kernel.xp
     gradient = kernel.adjoint(part.columns, part.features, features_gradient)
     gradient = kernel.normalise_columns(gradient, pace.scales[mode + 1, ...])
@@ -172,27 +199,53 @@ def _key_part(
     return raw, gradient, *split_reading(xp, plane, mode, tokens, read * pace.shrinks[mode])
 
 
+def cut_part(part: KeyPart, low: int, high: int) -> KeyPart:
+    """Return keys low..high of a part."""
+    raw, columns, values, weights = part
+    return raw[:, low:high], columns[:, low:high], values[low:high, :], weights[low:high]
+
+
+def _store_keys(
+    plane: Plane, mode: int, pace: Pace, place: tuple[int, int], read: KeyReads, store: GradientStore
+) -> None:
+    """Hand over the gradients of the keys that a block brought into sight, those inside the array."""
+    low, high = max(place[0], 0) - place[0], min(place[1], plane.keys[mode].length) - place[0]
+    if low < high:
+        part = read.part(plane, mode, pace, place)
+        store.add_keys(plane, mode, place[0] + low, cut_part(part, low, high))
+
+
 def _store_early_keys(
     kernel: PolynomialKernel, plane: Plane, mode: int, pace: Pace, flow: Array, store: GradientStore
 ) -> None:
     """Hand over the gradients of the keys before the first row's own, which every row sees."""
-    xp = kernel.xp
     end = min(max(pace.shifts[mode], 0), plane.keys[mode].length)
-    narrow = xp.astype(flow, kernel.dtype)
+    narrow = kernel.xp.astype(flow, kernel.dtype)
     for start, stop in kernel.blocks(end):
-        part = keys_block(kernel, plane, mode, pace, start, stop)
-        gradient = xp.matmul(narrow, xp.permute_dims(part.weighted, (1, 0)))
-        read = kernel.product(xp.permute_dims(part.features, (1, 0)), narrow)
-        store.add_keys(plane, mode, start, _key_part(kernel, plane, mode, pace, (start, stop), part, gradient, read))
+        store.add_keys(plane, mode, start, shared_part(kernel, plane, mode, pace, (start, stop), narrow))
+
+
+def shared_part(
+    kernel: PolynomialKernel, plane: Plane, mode: int, pace: Pace, tokens: tuple[int, int], flow: Array
+) -> KeyPart:
+    """Return the gradients of keys that share one flow (r, e + 1), in the compute dtype."""
+    xp, part = kernel.xp, keys_block(kernel, plane, mode, pace, *tokens)
+    gradient = xp.matmul(flow, xp.permute_dims(part.weighted, (1, 0)))
+    read = kernel.product(xp.permute_dims(part.features, (1, 0)), flow)
+    return key_part(kernel, plane, mode, pace, tokens, part, gradient, read)
 
 
 def _store_unseen(kernel: PolynomialKernel, plane: Plane, mode: int, pace: Pace, store: GradientStore) -> None:
     """Hand over zeros for the keys after the last row, which nobody sees."""
+    length = plane.keys[mode].length
+    start = min(max(kernel.problem.queries + pace.shifts[mode], 0), length)
+    if start < length:
+        store.add_keys(plane, mode, start, unseen_part(kernel, plane, mode, (start, length)))
+
+
+def unseen_part(kernel: PolynomialKernel, plane: Plane, mode: int, tokens: tuple[int, int]) -> KeyPart:
+    """Return the gradients of keys that no row sees: zeros."""
     xp, key = kernel.xp, plane.keys[mode]
-    start = min(max(kernel.problem.queries + pace.shifts[mode], 0), key.length)
-    if start == key.length:
-        return
-    raw = key.operand_columns(xp, start, key.length)
-    gradient = xp.zeros_like(key.projection.apply(xp, raw))
-    values = xp.zeros_like(plane.live_values(xp, mode, start, key.length))
-    store.add_keys(plane, mode, start, (raw, gradient, values, xp.zeros_like(key.token_weights(xp, start, key.length))))
+    raw = key.operand_columns(xp, *tokens)
+    values = xp.zeros_like(plane.live_values(xp, mode, *tokens))
+    return raw, xp.zeros_like(key.projection.apply(xp, raw)), values, xp.zeros_like(key.token_weights(xp, *tokens))

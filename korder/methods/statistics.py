@@ -17,6 +17,7 @@ from array_api_compat import device
 from korder.methods.factors import Factor, Plane, assemble, planes
 from korder.methods.readings import prod_arrays
 from korder.methods.sight import TOKENS, Sight, Statistic, key_totals, live_rows, visible_maxima, visible_sums
+from korder.methods.sliding import SlidingSums
 from korder.problem import Problem, ScoreStatistics
 from korder.spi.operands import Operands
 
@@ -24,6 +25,8 @@ Array = Any
 UNIT = 2.0**-52
 """Spacing of float64 at 1."""
 _WIDEST_GRAM = 1024
+_WINDOW_STEP = 128
+"""Rows from one whose second moments are taken to the next, under a window."""
 
 
 def key_extremes(xp: Any, plane: Plane, scales: tuple[Array, ...]) -> Statistic:
@@ -201,7 +204,7 @@ def measure(xp: Any, problem: Problem, operands: Operands) -> ScoreStatistics:
     """Return score range, half-width and rms, over live rows, rounded outward to two digits.
 
     Cost:      O(n width^2) for the rms, O(n width) for the rest.
-    Numerics:  Bounds are rigorous; the rms under a causal mask is that of each block's last row.
+    Numerics:  Bounds are rigorous; the rms is of what each block's last row sees, under an ordered mask in any order.
     """
     method = problem.spec.polynomial
     kind = "taylor" if method is None else method.coefficients
@@ -269,20 +272,36 @@ def _rms(xp: Any, problem: Problem, operands: Operands) -> float:
 
 
 def _second_moments(xp: Any, sight: Sight, plane: Plane) -> Iterator[tuple[int, int, Array, Array]]:
-    """Yield (start, stop, second moments (w, w), means (w, 1)) of key products over what the block's last row sees."""
-    totals = [0.0 * _gram(xp, key, 0, 0) for key in plane.keys]
-    seen = [0] * len(plane.keys)
-    for start in range(0, sight.queries, TOKENS):
-        stop = min(start + TOKENS, sight.queries)
-        for t, key in enumerate(plane.keys):
-            end = min(max(stop + sight.shifts[t], 0), key.length) if sight.causal else key.length
-            for first in range(seen[t], end, TOKENS):
-                totals[t] = totals[t] + _gram(xp, key, first, min(first + TOKENS, end))
-            seen[t] = max(seen[t], end)
+    """Yield (start, stop, second moments (w, w), means (w, 1)) of key products over what row `stop - 1` sees.
+
+    Under a window the rows are that one alone: others see other keys.
+    """
+    step = _WINDOW_STEP if sight.windows else TOKENS
+    walks = [_gram_sums(xp, key, step) for key in plane.keys]
+    for start in range(0, sight.queries, step):
+        stop = min(start + step, sight.queries)
+        totals = []
+        for t, (key, walk) in enumerate(zip(plane.keys, walks, strict=True)):
+            last = key.length if sight.full else min(max(stop + sight.shifts[t], 0), key.length)
+            first = max(stop + sight.shifts[t] - sight.windows[t], 0) if sight.windows else 0
+            totals.append(walk.over(min(first, last), last))
         counts = [xp.where(total[-1:, -1:] == 0.0, 1.0, total[-1:, -1:]) for total in totals]
         means = [total / count for total, count in zip(totals, counts, strict=True)]
         product = prod_arrays(means)
-        yield start, stop, product[:-1, :-1], product[:-1, -1:]
+        yield stop - 1 if sight.windows else start, stop, product[:-1, :-1], product[:-1, -1:]
+
+
+def _gram_sums(xp: Any, key: Factor, step: int) -> SlidingSums[Array]:
+    """Return the sums of `_gram` over intervals of keys."""
+    empty = 0.0 * _gram(xp, key, -1, 0)
+
+    def over(start: int, stop: int) -> Array:
+        found = empty
+        for first in range(start, stop, TOKENS):
+            found = found + _gram(xp, key, first, min(first + TOKENS, stop))
+        return found
+
+    return SlidingSums(over, lambda a, b: a + b, empty, step)
 
 
 def _gram(xp: Any, key: Factor, start: int, stop: int) -> Array:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import takewhile
-from math import comb, inf, prod
+from math import ceil, comb, inf, log2, prod
 
 from korder.errors import UnsupportedProblemError
 from korder.planning.coefficients import (
@@ -17,10 +17,11 @@ from korder.planning.coefficients import (
     shift_bound,
     taylor_remainder,
 )
-from korder.planning.cost import operand_bytes
+from korder.planning.cost import live_share, operand_bytes
 from korder.planning.explain import size
 from korder.planning.plan import Cost, Plan, PolynomialPlan
 from korder.problem import ITEM_BYTES, Problem
+from korder.spec.masks import Window
 
 FEATURE_BUDGET = 2**21
 """Most features of a degree that is chosen for a tolerance."""
@@ -31,7 +32,8 @@ MEAN_ALLOWANCE = 8.0
 """How far the mean of the polynomial over a row may stand above 1 in the estimate that skips hopeless degrees."""
 CHUNKS = (1024, 512, 256, 128, 64, 32, 16)
 """Tokens whose features are built at a time, the largest that fits."""
-CAUSAL_CHUNK = 32
+RUNNING_CHUNK = 32
+"""The same where rows see some of the keys."""
 
 
 def feature_count(width: int, degree: int) -> int:
@@ -129,14 +131,19 @@ def forward_workspace(problem: Problem, degree: int, chunk: int, *, in_place: bo
     """
     sizes = _BlockSizes(problem, degree, chunk)
     order, item = problem.order, sizes.item
-    kept = order * 8 * (sizes.state + sizes.features)
+    sums = 8 * (sizes.state + sizes.features)
+    kept = sizes.sums * sums
     if not in_place:
-        kept += sizes.run if sizes.causal else sizes.block
+        kept += sizes.run if sizes.moving else sizes.block
     rows = sizes.readings * (degree + 7) + sizes.tokens * problem.score_width * (8 + item)
-    if sizes.causal:
-        walking = (4 * order + 7) * sizes.run // 4 + (order + 3) * sizes.run // sizes.channels
-        blocks = (order + sizes.shared) * sizes.block
-        return kept + max(walking, kept + sizes.state * item) + blocks + rows
+    if sizes.moving:
+        runs = max(order, 2) if sizes.windows else order  # of states at once
+        walking = (4 * runs + 7) * sizes.run // 4 + (order + 3) * sizes.run // sizes.channels
+        blocks = (sizes.streams + sizes.shared) * sizes.block
+        adding = (3 if sizes.windows else order) * sums + sizes.state * item
+        if sizes.ordered:  # the block's own sums of every mode wait until all runs are done
+            kept += order * sums * item // 8
+        return kept + max(walking, adding) + blocks + rows
     reading = 2 * sizes.state * item + min(256, sizes.features) * sizes.tokens * item + rows
     table = int(8 * sizes.state * (2 + 3 * sizes.highest / sizes.features))
     return kept + sizes.block + max(reading, table)
@@ -149,18 +156,28 @@ def backward_workspace(problem: Problem, degree: int, chunk: int) -> int:
     """
     keys = problem.batch * problem.groups * sum(problem.lengths)
     rows = 24 * problem.batch * problem.heads * problem.queries
-    return rows + max(_backward_passes(problem, degree, chunk), operand_bytes(problem) + 8 * keys)
+    passes = _backward_passes(problem, degree, chunk)
+    if _windows(problem):  # the gradients of a plane's keys from one walk wait for those from the other
+        passes += 2 * sum(problem.lengths) * (2 * problem.score_width * _item(problem) + 8 * (problem.value_width + 1))
+    return rows + max(passes, operand_bytes(problem) + 8 * keys)
 
 
 def _backward_passes(problem: Problem, degree: int, chunk: int) -> int:
-    """Return the part of `backward_workspace` that the number of tokens does not set and smaller blocks shrink."""
+    """Return the part of `backward_workspace` that smaller blocks shrink; tokens count by their logarithm at most."""
     closed = _gradient(problem) == "closed_form"
     sizes = _BlockSizes(problem, degree + closed, chunk)
     order, item, state = problem.order, sizes.item, 8 * sizes.state
     rows = sizes.readings * 5 + 3 * sizes.tokens * problem.score_width * item
-    if sizes.causal:
-        blocks = 2 * (order + sizes.shared) * sizes.block
+    if sizes.moving:
+        blocks = (2 * (order + sizes.shared) + sizes.streams - order) * sizes.block
         runs = 2 * order + 2.5 if order > 1 else 1.5 + min(sizes.shared, 2)
+        if sizes.windows:
+            runs, states = runs + 1.0, sizes.sums + 2 * order
+            return blocks + max(states * state + int(runs * sizes.run), (states + 3) * state) + rows
+        if sizes.ordered:  # iterated sums before some blocks, as often as these can be halved
+            runs = order + 3.5 if order > 1 else runs
+            states = (3 + ceil(log2(max(problem.queries, *problem.lengths, sizes.tokens) / sizes.tokens))) * order
+            return blocks + states * state + int(runs * sizes.run) + rows
         walking = max(3 * order * state + int(runs * sizes.run), 4 * order * state)
         return blocks + max(walking, 2 * order * state + sizes.block) + rows
     # under the closed form the sums that values and weights get their gradients from stand beside the columns' own
@@ -172,14 +189,21 @@ def _backward_passes(problem: Problem, degree: int, chunk: int) -> int:
 class _BlockSizes:
     """Sizes of what a pass over one block of tokens holds.
 
-    Counts: features, those of the highest degree, channels, tokens, query heads that share a key head; elements of one
-    mode's key state; bytes of a block of features, of readings in float64, and of a run of running states.
+    Counts: features, those of the highest degree, channels, tokens, query heads that share a key head, key states kept
+    in float64, blocks of key features; elements of one mode's key state; bytes of a block of features, of readings in
+    float64, and of a run of running states.
     """
 
     def __init__(self, problem: Problem, degree: int, chunk: int) -> None:
         width = problem.score_width
         self.item = _item(problem)
-        self.causal = problem.spec.mask.kind == "causal"
+        self.moving = problem.spec.mask.kind != "full"
+        self.ordered = problem.spec.mask.kind == "ordered"
+        self.windows = _windows(problem)
+        chunk = min((chunk, *self.windows))
+        self.sums = sum(_window_sums(min(w, m), chunk) for w, m in zip(self.windows, problem.lengths, strict=False))
+        self.sums = self.sums or problem.order
+        self.streams = problem.order * (2 if self.windows else 1)
         self.features = feature_count(width, degree)
         self.highest = feature_count(width - 1, degree)
         self.channels = problem.value_width + 1
@@ -192,6 +216,15 @@ class _BlockSizes:
         self.run = min(RUNNING_ELEMENTS, run) * self.item
 
 
+def _windows(problem: Problem) -> tuple[int, ...]:
+    return problem.spec.mask.sizes if isinstance(problem.spec.mask, Window) else ()
+
+
+def _window_sums(window: int, step: int) -> int:
+    """Return the key states kept for one mode's window: those up to an anchor, the newer one, their sum, and none."""
+    return 3 + (0 if window <= step else ceil(log2((window - step) / step)) + 1)
+
+
 RUNNING_ELEMENTS = 2**17
 """Elements of a block of running states, features by tokens by channels, that stays in cache."""
 
@@ -200,7 +233,7 @@ def _chunk(problem: Problem, degree: int, features: int) -> int:
     limit = int(problem.spec.policy.memory_limit)
     needed = 0
     for chunk in CHUNKS:
-        if problem.spec.mask.kind == "causal" and chunk > CAUSAL_CHUNK:
+        if problem.spec.mask.kind != "full" and chunk > RUNNING_CHUNK:
             continue
         needed = max(forward_workspace(problem, degree, chunk), _backward_passes(problem, degree, chunk))
         if needed <= limit:
@@ -219,8 +252,11 @@ def _cost(problem: Problem, degree: int, features: int, chunk: int) -> Cost:
     queries = problem.batch * problem.heads * problem.queries
     keys = problem.batch * problem.groups * sum(problem.lengths)
     products = 2 * features * channels * (queries + keys)
-    if problem.spec.mask.kind == "causal":  # per token: k state updates, k products of states, one reading
+    if problem.spec.mask.kind != "full":  # per token: k state updates, k products of states, one reading
         products += features * channels * problem.order * queries
+    for window in _windows(problem):  # the keys that leave, and sums of those in between, halved again and again
+        visits = 2 + max(log2(window / min(window, chunk)), 0) / 2
+        products += round(2 * features * channels * (queries + visits * keys / problem.order))
     return Cost(
         flops=products + features * (queries + keys),
         bytes_moved=operand_bytes(problem) + item * features * (queries + keys),
@@ -230,9 +266,10 @@ def _cost(problem: Problem, degree: int, features: int, chunk: int) -> Cost:
 
 
 def exact_flops(problem: Problem) -> int:
-    """Return what the exact method would cost: 2 n m1 .. mk (d + e)."""
+    """Return what the exact method would cost: 2 n m1 .. mk (d + e), times the share of tuples that a mask leaves."""
     rows = problem.batch * problem.heads * problem.queries
-    return 2 * rows * prod(problem.lengths) * (problem.score_width + problem.value_width)
+    flops = 2 * rows * prod(problem.lengths) * (problem.score_width + problem.value_width)
+    return round(flops * live_share(problem))
 
 
 def lowest_error(problem: Problem, coefficients: Coefficients, kind: str) -> float:

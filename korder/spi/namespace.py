@@ -45,7 +45,7 @@ class NamespaceBackend(Backend):
         )
         polynomial = MethodSupport(
             "polynomial",
-            masks=frozenset({"full", "causal"}),
+            masks=frozenset({"full", "causal", "window", "ordered"}),
             biases=frozenset({"key"}),
             weights=frozenset({"cp", "full"}),
             key_masks=True,

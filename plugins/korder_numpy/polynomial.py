@@ -65,9 +65,9 @@ class NumpyPolynomialKernel(PolynomialKernel):
 
     def features(self, columns: Array) -> Array:
         """Return the monomials (r, c); for the full mask in a buffer that the next call overwrites."""
-        causal = self.problem.spec.mask.kind == "causal"
+        full = self.problem.spec.mask.kind == "full"  # other masks hold the features of several modes at once
         shape = (self.table.features, columns.shape[1])
-        result = np.empty(shape, columns.dtype) if causal else self._buffer("features", shape, columns.dtype)
+        result = self._buffer("features", shape, columns.dtype) if full else np.empty(shape, columns.dtype)
         result[0] = 1
         for m in range(1, self.table.degree + 1):
             parents = result[self.table.rows(m - 1)]
@@ -103,13 +103,29 @@ class NumpyPolynomialKernel(PolynomialKernel):
             result += part
         return result
 
-    def running_state(self, features: Array, weighted: Array, carry: Array) -> Array:
+    def running_state(self, tokens: tuple[Array, Array], carry: Array) -> Array:
         """Return carry + running sums over tokens, (c, rho, e'); a loop of adds, faster than NumPy's cumulative sum."""
-        states: Array = features.T[:, :, None] * weighted[:, None, :]
+        states: Array = self.running_terms(tokens)
         before = carry
         for state in states:
             state += before
             before = state
+        return states
+
+    def running_sums(self, terms: Array, carry: Array) -> tuple[Array, Array]:
+        """Return carry + the sums up to each token, in place of the terms, and the sum of all."""
+        for place in range(1, terms.shape[0]):
+            terms[place] += terms[place - 1]
+        total = terms[-1].copy()
+        terms += carry
+        return terms, total
+
+    def sliding_state(self, arriving: tuple[Array, Array], leaving: tuple[Array, Array], carry: Array) -> Array:
+        """Return carry + sums of arriving terms up to each token and of leaving ones from it on, (c, rho, e')."""
+        states, after = self.running_state(arriving, carry), self.running_terms(leaving)
+        for place in range(after.shape[0] - 2, -1, -1):
+            after[place] += after[place + 1]
+        states += after
         return states
 
     def reverse_running(self, terms: Array, carry: Array) -> tuple[Array, Array]:
@@ -119,6 +135,13 @@ class NumpyPolynomialKernel(PolynomialKernel):
         total = terms[0].copy()
         terms += carry
         return terms, total
+
+    def chained_terms(self, tokens: tuple[Array, Array], before: Array, carry: Array) -> Array:
+        """Return terms times the states (c, rho, e') of the token before each, for the first one times the carry."""
+        terms: Array = self.running_terms(tokens)
+        terms[1:] *= before[:-1]
+        terms[0] *= carry
+        return terms
 
     def collector(self, place: Any, trailing: tuple[int, ...] = (), dtype: Any = None) -> Any:
         """Return a preallocated array to write rows into."""

@@ -62,7 +62,7 @@ class TorchPolynomialKernel(PolynomialKernel):
         result = columns.new_empty((self.table.features, count))
         result[0] = 1.0
         found = (result, [*self._blocks(result)])
-        if self.problem.spec.mask.kind != "causal":  # which holds the features of several modes at once
+        if self.problem.spec.mask.kind == "full":  # others hold the features of several modes at once
             self._kept.features = found  # fresh pages would cost more than the multiplications
         return found
 
@@ -74,10 +74,22 @@ class TorchPolynomialKernel(PolynomialKernel):
             for first in range(self.table.width):
                 yield first, parents[starts[first] :], block[positions[first] : positions[first + 1]]
 
-    def running_state(self, features: Tensor, weighted: Tensor, carry: Tensor) -> Tensor:
+    def running_state(self, tokens: tuple[Tensor, Tensor], carry: Tensor) -> Tensor:
         """Return carry + running sums over tokens, (c, rho, e'), in place."""
-        terms = features.T[:, :, None] * weighted[:, None, :]
-        return terms.cumsum_(dim=0).add_(carry)
+        return self.running_terms(tokens).cumsum_(dim=0).add_(carry)
+
+    def sliding_state(self, arriving: tuple[Tensor, Tensor], leaving: tuple[Tensor, Tensor], carry: Tensor) -> Tensor:
+        """Return carry + sums of arriving terms up to each token and of leaving ones from it on, (c, rho, e')."""
+        features, weighted = leaving
+        after = self.running_terms((features.flip(1), weighted.flip(0))).cumsum_(dim=0)
+        return self.running_state(arriving, carry).add_(after.flip(0))
+
+    def chained_terms(self, tokens: tuple[Tensor, Tensor], before: Tensor, carry: Tensor) -> Tensor:
+        """Return terms times the states (c, rho, e') of the token before each, for the first one times the carry."""
+        terms: Tensor = self.running_terms(tokens)
+        terms[1:].mul_(before[:-1])
+        terms[0].mul_(carry)
+        return terms
 
     def product(self, left: Tensor, right: Tensor, total: Tensor | None = None) -> Tensor:
         """Return total + left (p, q) @ right (q, s) in float64, added in place."""
