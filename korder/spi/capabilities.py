@@ -31,6 +31,7 @@ class MethodSupport:
         weights: Forms of the Kronecker weight, of "cp" and "full".
         key_masks: Whether key masks are taken.
         backward: Whether the kernel has a backward.
+        state: Whether the kernel has `states()`, sums over keys that come one after another, for decoding.
     """
 
     name: str
@@ -39,6 +40,7 @@ class MethodSupport:
     weights: frozenset[str] = frozenset()
     key_masks: bool = False
     backward: bool = False
+    state: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,7 @@ class NamespaceBackend(Backend):
             weights=frozenset({"cp", "full"}),
             key_masks=True,
             backward=True,
+            state=True,
         )
         return Capabilities(
             orders=frozenset(range(1, 7)),
