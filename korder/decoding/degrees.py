@@ -122,6 +122,7 @@ def _degree(method: Polynomial, layout: TokenLayout, interval: float | None, wid
     step = 2 if method.coefficients == "taylor" else 1
     tolerance = method.tolerance
     assert tolerance is not None
+    width = min(width, 300.0)  # where no degree is near, and exp still has a value
     for degree in range(step, HIGHEST_DEGREE + 1, step):
         if feature_count(layout.width, degree) > FEATURE_BUDGET:
             break
@@ -132,6 +133,6 @@ def _degree(method: Polynomial, layout: TokenLayout, interval: float | None, wid
         f"no degree meets tolerance {tolerance:g} for every query within query_bound.",
         code="no-degree",
         expected=f"a degree with at most {FEATURE_BUDGET} features that meets it on the range of scores",
-        got=f"scores up to {width:g} apart, d = {layout.width}",
+        got=f"scores {width:g} or more apart, d = {layout.width}",
         hint="give a degree as well: its certificate, which is checked at every query, is far sharper than this range.",
     )

@@ -191,11 +191,9 @@ class FactorCache(DecodeState):
         return replace(outcome, output=shaped)
 
     def _planned(self, mode: ModeCache, t: int) -> int:
-        """Return the length that a mode is planned for; a full window needs no padding."""
-        mask = self.spec.mask
-        if isinstance(mask, Window) and mode.length == mask.sizes[t]:
-            return mode.length
-        return padded_length(mode.length)
+        """Return the length that a mode is planned for, never more than its window."""
+        mask, padded = self.spec.mask, padded_length(mode.length)
+        return min(padded, mask.sizes[t]) if isinstance(mask, Window) else padded
 
     def _problem(self, heads: int, queries: int, lengths: tuple[int, ...], arrays: list[Any]) -> Problem:
         layout, order = self.layout, self.spec.order

@@ -110,11 +110,12 @@ def read_state(path: Path, device: Any) -> DecodeState:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile) or _RECORD not in file.files:
+        with path.open("rb") as file:
+            found = np.load(file, allow_pickle=False)
+            if not isinstance(found, np.lib.npyio.NpzFile) or _RECORD not in found.files:
                 raise _invalid(path, "no record")
-            record = json.loads(str(file[_RECORD]))
-            arrays = {name: file[name] for name in file.files if name != _RECORD}
+            record = json.loads(str(found[_RECORD]))
+            arrays = {name: found[name] for name in found.files if name != _RECORD}
     except FileNotFoundError:
         raise SpecError(
             f"there is no file {path}.", code="state-missing", expected="a file that state.save wrote", got=str(path)
