@@ -68,7 +68,9 @@ def test_rows_are_those_of_the_causal_result(
     order: int, method: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own_registry(monkeypatch, StrictBackend())
-    case = decode_case(order, seed=order, queries=6 if order == 3 else 9, key_masks=(True,) * order, mask=Causal())
+    case = decode_case(
+        order, seed=order, queries=5 if kind == "strict" else 9, key_masks=(True,) * order, mask=Causal()
+    )
     case = with_method(case, METHODS[method])
     output, lse = rows_of(case, KINDS[kind])
     whole = korder.attend_result(
@@ -153,7 +155,7 @@ def test_ordered_modes_of_unequal_lengths_line_up_at_their_ends_or_not_at_all() 
         fed(case.with_spec(mask=Ordered()))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["exact", "polynomial"])
 def test_states_are_values(method: str) -> None:
     case = with_method(decode_case(2, seed=8), METHODS[method])
     split = [[x[:, :, :3] for x in arrays] for arrays in (case.keys, case.values)]
@@ -171,7 +173,7 @@ def test_states_are_values(method: str) -> None:
     assert longer.lengths == tuple(3 + 2 * (key.shape[2] - 3) for key in case.keys)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["exact", "polynomial"])
 def test_what_a_caller_does_to_his_arrays_later_does_not_matter(method: str) -> None:
     case = with_method(decode_case(2, seed=9), METHODS[method])
     own = replace(case, keys=tuple(x.copy() for x in case.keys), values=tuple(x.copy() for x in case.values))
@@ -181,7 +183,7 @@ def test_what_a_caller_does_to_his_arrays_later_does_not_matter(method: str) -> 
     np.testing.assert_array_equal(korder.decode(case.query, state), korder.decode(case.query, fed(case)))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["exact", "polynomial"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_masked_keys_never_leak(method: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     own_registry(monkeypatch, StrictBackend())
@@ -197,7 +199,7 @@ def test_masked_keys_never_leak(method: str, kind: str, monkeypatch: pytest.Monk
         np.testing.assert_array_equal(np.asarray(korder.decode(KINDS[kind](case.query), spoilt)), clean)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["exact", "polynomial"])
 def test_a_mask_may_come_with_any_token(method: str) -> None:
     case = with_method(decode_case(2, seed=11), METHODS[method])
     late = np.array([[True, False, True], [False, True, True]])
@@ -210,7 +212,7 @@ def test_a_mask_may_come_with_any_token(method: str) -> None:
     assert_agree(korder.decode(case.query, state), expected, dtype="float64")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["exact", "polynomial"])
 @pytest.mark.parametrize("lengths", [(0, 0), (0, 3), (4, 0)])
 def test_nothing_to_attend_to(method: str, lengths: tuple[int, int]) -> None:
     case = decode_case(2, lengths=lengths, method=METHODS[method])
@@ -221,9 +223,9 @@ def test_nothing_to_attend_to(method: str, lengths: tuple[int, int]) -> None:
         np.testing.assert_array_equal(result.certificate.bound, np.zeros((2, 4, 11)))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["exact", "polynomial"])
 @pytest.mark.parametrize("shape", [(), (4,), (3, 4), (2, 3, 4), (0, 4)])
-@pytest.mark.parametrize("queries", [0, 1, 3])
+@pytest.mark.parametrize("queries", [0, 3])
 def test_axes_are_those_of_the_query(method: str, shape: tuple[int, ...], queries: int) -> None:
     rng = np.random.default_rng(12)
     groups = (*shape[:-1], 2) if shape else ()
@@ -241,7 +243,7 @@ def test_axes_are_those_of_the_query(method: str, shape: tuple[int, ...], querie
         assert result.certificate.bound.shape == query.shape[:-1]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["exact", "polynomial"])
 def test_results_of_disjoint_keys_merge(method: str) -> None:
     case = with_method(decode_case(2, seed=13, spread=0.4), METHODS[method])
     halves = [

@@ -56,7 +56,7 @@ def assert_holds(case: Case, **options: Any) -> korder.Certificate:
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("degree", [2, 4, 5])
+@pytest.mark.parametrize("degree", [2, 5])
 def test_certificates_hold(order: int, dtype: str, masked: bool, degree: int) -> None:
     masks = {"key_masks": (True, False, True)[:order]} if masked else {}
     case = decode_case(order, seed=order, dtype=dtype, scale=0.25, method=Polynomial(degree=degree), **masks)
@@ -281,10 +281,10 @@ def test_sixteen_bits_in_sixteen_bits_out(method: Any, dtype: Any) -> None:
     result = korder.decode_result(narrow(case.query), fed(case, asarray=narrow))
     assert result.output.dtype == dtype
     assert result.lse.dtype in (torch.float32, torch.float64)
-    wide = korder.attend(narrow(case.query).double(), *(
-        tuple(narrow(x).double() for x in arrays) for arrays in (case.keys, case.values)
-    ), spec=case.spec)  # fmt: skip
-    assert float((result.output.double() - wide).abs().max()) <= torch.finfo(dtype).eps * float(wide.abs().max())
+    widened = [tuple(narrow(x).double().numpy() for x in arrays) for arrays in ((case.query,), case.keys, case.values)]
+    wide = korder.attend(widened[0][0], *widened[1:], spec=case.spec)
+    error = np.abs(result.output.double().numpy() - wide).max()
+    assert error <= torch.finfo(dtype).eps * np.abs(wide).max()
 
 
 @pytest.mark.parametrize("method", [Exact(), Polynomial(degree=2)])
