@@ -39,6 +39,8 @@ PREFILLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "other heads": ({"keys": (X, X[:1])}, korder.ShapeError, r"keys\[1\].*another shape"),
     "a long mask": ({"key_masks": (None, np.ones((2, 4), bool))}, korder.ShapeError, r"key_masks\[1\] must have one"),
     "a mask of floats": ({"key_masks": (X[:, :, 0], None)}, korder.OperandError, r"key_masks\[0\] must be a boolean"),
+    "no backend": ({"spec": spec_of(2, Exact(), policy={"backends": ("torch",)})}, korder.UnsupportedProblemError,
+                   "array kind=numpy"),
     "capacity": ({"capacity": 2.5}, korder.SpecError, "capacity must be a number of keys"),
     "negative capacity": ({"capacity": -1}, korder.SpecError, "capacity must be a number of keys"),
     "kronecker": ({"spec": korder.AttentionSpec(order=2, score="kronecker")}, korder.SpecError, "no score weight"),

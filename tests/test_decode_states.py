@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -140,7 +141,7 @@ class CountingBackend(NumpyBackend):
 
 @pytest.mark.parametrize(
     ("method", "mask", "most"),
-    [(Polynomial(degree=2), Causal(), 1), (Exact(), Causal(), 5), (Exact(), Window(sizes=(20, 9)), 2)],
+    [(Polynomial(degree=2), Causal(), 1), (Exact(), Causal(), 6), (Exact(), Window(sizes=(20, 9)), 3)],
 )
 def test_no_plan_per_token(method: Any, mask: Any, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = CountingBackend()
@@ -156,6 +157,31 @@ def test_no_plan_per_token(method: Any, mask: Any, most: int, monkeypatch: pytes
         assert result.provenance.backend == "counting"
     assert 0 < backend.compiled <= most
     assert len(registry.prepared) == backend.compiled
+
+
+def test_threads_may_extend_one_state() -> None:
+    rng = np.random.default_rng(26)
+    token: Any = lambda: tuple(rng.standard_normal((1, 3)) for _ in range(2))  # noqa: E731
+    base = korder.prefill(token(), token(), None, capacity=1000)
+    tokens = [[(token(), token()) for _ in range(20)] for _ in range(8)]
+    query, found = rng.standard_normal((1, 3)), {}
+
+    def work(index: int) -> None:
+        state = base
+        for keys, values in tokens[index]:
+            state = state.append(keys, values)
+        found[index] = korder.decode(query, state)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(tokens))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, own in enumerate(tokens):
+        state = base
+        for keys, values in own:
+            state = state.append(keys, values)
+        np.testing.assert_allclose(found[index], korder.decode(query, state), rtol=1e-13)
 
 
 @pytest.mark.parametrize("capacity", [None, 0, 100])

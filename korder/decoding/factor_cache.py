@@ -16,6 +16,7 @@ from array_api_compat import device
 
 from korder.decoding.state import DecodeState, changed_spec
 from korder.decoding.tokens import TokenLayout, Tokens
+from korder.dispatch.prepare import prepare
 from korder.dispatch.registry import default_registry
 from korder.dispatch.run import Outcome, Request, run
 from korder.errors import ShapeError
@@ -117,7 +118,7 @@ class ModeCache:
         return keys, values, None if mask is None else mask[:, :, part]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FactorCache(DecodeState):
     """Keys and values, O(m d) memory; a query costs what the exact method costs at this length."""
 
@@ -133,7 +134,15 @@ class FactorCache(DecodeState):
             room = padded_length(2 * count if capacity is None else capacity)
             masked = any(mask is not None for mask in tokens.key_masks)
             modes.append(ModeCache(KeyBuffer(layout.namespace, pair, room, masked=masked), 0, 0))
-        return cls(spec, layout, tuple(modes))
+        made = cls(spec, layout, tuple(modes))
+        made._require_backend()
+        return made
+
+    def _require_backend(self) -> None:
+        """Raise at once, and not at the first query, where no backend takes such keys."""
+        arrays = [mode.arrays(0) for mode in self.modes]
+        problem = self._problem(self.layout.groups, 1, (SHORTEST,) * self.spec.order, arrays)
+        prepare(default_registry(), problem, self.layout.kind)
 
     @property
     def lengths(self) -> tuple[int, ...]:

@@ -30,7 +30,7 @@ Array = Any
 _ARRAYS = tuple(field.name for field in fields(ModeState) if field.name not in ("length", "joins"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PolynomialState(DecodeState):
     """Sums over keys in float64. One plan serves every token, because nothing in it depends on the number of keys."""
 

@@ -136,7 +136,7 @@ class PolynomialStates:
         mode = self._rescaled(mode, xp.maximum(mode.peaks, _peaks(xp, columns)))
         features = self._features(columns / powers_near(xp, mode.peaks)[:, :, None])  # (P, r, c)
         sums = xp.matmul(features, xp.concat([values, alive], axis=2))
-        weights = mode.weights if mode.length else _root_mean_squares(xp, columns)
+        weights = mode.weights if mode.length else _column_weights(xp, columns)
         rows = extreme_rows(xp, columns, xp.abs(columns), weights, self.problem.order)
         value_columns = xp.permute_dims(values, (0, 2, 1))
         return replace(
@@ -189,10 +189,8 @@ class PolynomialStates:
             AccuracyError: The polynomial sums to a number that is not positive in a row with a live tuple.
         """
         xp, kernel = self.xp, self.kernel
-        rows = query.shape[1] // self.problem.groups * query.shape[2]
-        columns = xp.permute_dims(
-            xp.astype(xp.reshape(query, (self.planes, rows, query.shape[3])), xp.float64), (0, 2, 1)
-        )
+        columns = self._query_columns(query)
+        rows = columns.shape[2]
         counts = [mode.counts for mode in state]
         live = xp.min(xp.stack(counts, axis=0), axis=0)[:, 0, :] > 0.0  # (P, 1)
         live = xp.broadcast_to(live, (self.planes, rows))
@@ -213,6 +211,12 @@ class PolynomialStates:
             for parts in zip(*found, strict=True)
         ]
         return self._output(state, query, shaped, centre, live)
+
+    def _query_columns(self, query: Array) -> Array:
+        """Return the columns (P, w, rows) of queries (b, h, n, w), the heads of a plane one after the other."""
+        xp, rows = self.xp, query.shape[1] // self.problem.groups * query.shape[2]
+        wide = xp.astype(xp.reshape(query, (self.planes, rows, query.shape[3])), xp.float64)
+        return xp.permute_dims(wide, (0, 2, 1))
 
     def _output(self, state: State, query: Array, parts: list[Array], centre: Array, live: Array) -> KernelOutput:
         """Return the kernel output of output, mean polynomial, moments and magnitude (b, h, n, ..)."""
@@ -272,14 +276,13 @@ class PolynomialStates:
         xp, problem = self.xp, self.problem
         log_weights = self._log_weights(state, query)
         reach = xp.zeros((), dtype=xp.float64, device=device(query))
+        queries = _peaks(xp, self._query_columns(query))
         sizes: list[tuple[Array, ...]] = []
         for plane, heads in self._heads(query):
             low, high = product_range(xp, tuple(mode.values[plane, ...] for mode in state), problem.value_width)
-            for batch, head in heads:
-                sizes.append(value_sizes(xp, low, high, output.output[batch, head, ...]))
-                columns = xp.permute_dims(xp.astype(query[batch, head, ...], xp.float64), (1, 0))
-                peaks = [_peaks(xp, columns[None, ...])[0, :], *(mode.peaks[plane, :] for mode in state)]
-                reach = xp.maximum(reach, reach_of_peaks(xp, problem, xp.stack(peaks, axis=0)))
+            sizes += [value_sizes(xp, low, high, output.output[batch, head, ...]) for batch, head in heads]
+            peaks = xp.stack([queries[plane, :], *(mode.peaks[plane, :] for mode in state)], axis=0)
+            reach = xp.maximum(reach, reach_of_peaks(xp, problem, peaks))
         spread, both, largest = (_by_row(xp, [part[i] for part in sizes], query) for i in range(3))
         return Evidence(
             bounds=self._bounds(state, query),
@@ -351,11 +354,15 @@ def _peaks(xp: Any, columns: Array) -> Array:
     return xp.max(sizes, axis=2) if columns.shape[2] else xp.sum(sizes, axis=2)
 
 
-def _root_mean_squares(xp: Any, columns: Array) -> Array:
-    """Return the root mean squares (P, w, 1) of the finite entries, 1 where that is no positive number."""
-    squares = xp.where(xp.isfinite(columns), columns, xp.zeros_like(columns)) ** 2
-    found = xp.sqrt(xp.mean(squares, axis=2, keepdims=True))
-    return xp.where(xp.logical_and(found > 0.0, xp.isfinite(found)), found, xp.ones_like(found))
+def _column_weights(xp: Any, columns: Array) -> Array:
+    """Return the root mean squares (P, w, 1) of the finite entries over the largest of them, within a millionth.
+
+    Any positive weights will do; near 1, neither a later key over them nor a query times them overflows.
+    """
+    sizes = xp.where(xp.isfinite(columns), xp.abs(columns), xp.zeros_like(columns))
+    largest = nonzero(xp, xp.max(sizes, axis=(1, 2), keepdims=True))
+    found = xp.sqrt(xp.mean((sizes / largest) ** 2, axis=2, keepdims=True))
+    return xp.maximum(found, xp.full_like(found, 1e-6))
 
 
 def _live_maxima(xp: Any, rows: Array, live: Array) -> Array:
