@@ -19,6 +19,7 @@ from korder.dispatch.registry import default_registry
 from korder.dispatch.run import Outcome
 from korder.errors import AccuracyError, AccuracyWarning
 from korder.methods.certificates import certificate_of
+from korder.methods.state_evidence import evidence_of_state, is_finite, value_references
 from korder.methods.states import ModeState, State
 from korder.methods.tolerances import ToleranceCheck, check_parts
 from korder.planning.polynomial import CHUNKS
@@ -113,7 +114,8 @@ class PolynomialState(DecodeState):
         provenance = Provenance(selection.backend.name, selection.plan, selection.rejected)
         if tolerance is None and not certify:
             return Outcome(output, None, provenance, self.prepared)
-        xp, evidence = self.layout.namespace, states.evidence(self.modes, query, output)
+        xp = self.layout.namespace
+        evidence = evidence_of_state(xp, selection.plan, self.modes, query, output)
         unit = kernel.rounding_unit  # type: ignore[attr-defined]
         certificate = certificate_of(xp, selection.plan, evidence, output, unit)
         if tolerance is not None:
@@ -127,9 +129,9 @@ class PolynomialState(DecodeState):
         return method
 
     def _check(self, query: Array, certificate: Certificate, tolerance: float) -> ToleranceCheck:
-        xp, states = self.layout.namespace, self.prepared.kernel.states()  # type: ignore[attr-defined]
-        finite = bool(xp.all(xp.isfinite(query))) and states.is_finite(self.modes)
-        references = states.value_references(self.modes, query.shape[1])
+        xp = self.layout.namespace
+        finite = bool(xp.all(xp.isfinite(query))) and is_finite(xp, self.problem, self.modes)
+        references = value_references(xp, self.problem, self.modes, query.shape[1])
         return check_parts(xp, certificate, references, finite, tolerance)
 
     def _require(self, check: ToleranceCheck) -> None:

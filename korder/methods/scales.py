@@ -10,6 +10,12 @@ Array = Any
 _LARGEST_EXPONENT = 1023.0
 
 
+def finite_peaks(xp: Any, columns: Array) -> Array:
+    """Return the largest finite absolute entries (.., w) of columns (.., w, c), 0 where there are none."""
+    sizes = xp.where(xp.isfinite(columns), xp.abs(columns), xp.zeros_like(columns))
+    return xp.max(sizes, axis=-1) if columns.shape[-1] else xp.sum(sizes, axis=-1)
+
+
 def powers_near(xp: Any, peaks: Array) -> Array:
     """Return the least powers of two that are not below positive peaks, 1 for a peak of 0; float64, of one shape."""
     usable = xp.where(peaks > 0.0, peaks, xp.ones_like(peaks))

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from array_api_compat import device
 
-from korder.methods.certificates import Evidence, reach_of_peaks, value_sizes
-from korder.methods.factors import Factor, Projection
 from korder.methods.features import gathered_features, multinomials
 from korder.methods.readings import Reading, finish_rows, nonzero, prod_arrays
-from korder.methods.scales import powers_near, scales_of_peaks
-from korder.methods.statistics import RowBounds, extreme_rows, product_range, score_bounds
+from korder.methods.scales import finite_peaks, powers_near, scales_of_peaks
+from korder.methods.state_evidence import log_tuples, query_columns, state_bounds
+from korder.methods.statistics import extreme_rows
 from korder.spi.operands import KernelOutput
 
 if TYPE_CHECKING:
@@ -133,7 +132,7 @@ class PolynomialStates:
         """Return a mode with a block more: columns (P, w, c), values (P, c, e), both zero in dead keys; live (P, c)."""
         xp = self.xp
         alive = xp.astype(live, xp.float64)[:, :, None]
-        mode = self._rescaled(mode, xp.maximum(mode.peaks, _peaks(xp, columns)))
+        mode = self._rescaled(mode, xp.maximum(mode.peaks, finite_peaks(xp, columns)))
         features = self._features(columns / powers_near(xp, mode.peaks)[:, :, None])  # (P, r, c)
         sums = xp.matmul(features, xp.concat([values, alive], axis=2))
         weights = mode.weights if mode.length else _column_weights(xp, columns)
@@ -189,7 +188,7 @@ class PolynomialStates:
             AccuracyError: The polynomial sums to a number that is not positive in a row with a live tuple.
         """
         xp, kernel = self.xp, self.kernel
-        columns = self._query_columns(query)
+        columns = query_columns(xp, self.problem, query)
         rows = columns.shape[2]
         counts = [mode.counts for mode in state]
         live = xp.min(xp.stack(counts, axis=0), axis=0)[:, 0, :] > 0.0  # (P, 1)
@@ -212,19 +211,13 @@ class PolynomialStates:
         ]
         return self._output(state, query, shaped, centre, live)
 
-    def _query_columns(self, query: Array) -> Array:
-        """Return the columns (P, w, rows) of queries (b, h, n, w), the heads of a plane one after the other."""
-        xp, rows = self.xp, query.shape[1] // self.problem.groups * query.shape[2]
-        wide = xp.astype(xp.reshape(query, (self.planes, rows, query.shape[3])), xp.float64)
-        return xp.permute_dims(wide, (0, 2, 1))
-
     def _output(self, state: State, query: Array, parts: list[Array], centre: Array, live: Array) -> KernelOutput:
         """Return the kernel output of output, mean polynomial, moments and magnitude (b, h, n, ..)."""
         xp = self.xp
         output, mean, moments, magnitude = parts
         centre, live = (xp.reshape(x, query.shape[:3]) for x in (centre, live))
         self.kernel.check_normaliser(mean, live)
-        log_weights = self._log_weights(state, query)
+        log_weights = log_tuples(xp, self.problem, state, query)
         logs = xp.log(xp.where(live, mean, xp.ones_like(mean))) + log_weights + centre
         return KernelOutput(
             output=xp.astype(output, getattr(xp, self.problem.dtype)),
@@ -234,18 +227,11 @@ class PolynomialStates:
             magnitude=magnitude,
         )
 
-    def _log_weights(self, state: State, query: Array) -> Array:
-        """Return the logarithm of the number of live tuples of every row (b, h, n), -inf for none."""
-        xp = self.xp
-        logs = xp.sum(xp.stack([xp.log(mode.counts[:, 0, :]) for mode in state], axis=0), axis=0)  # (P, 1)
-        rows = query.shape[1] // self.problem.groups * query.shape[2]
-        return xp.reshape(xp.broadcast_to(logs, (self.planes, rows)), query.shape[:3])
-
     def _centres(self, state: State, query: Array, columns: Array) -> Array:
         """Return the centre of every row's scores (P, rows): as `statistics.row_centres`."""
         xp = self.xp
         if self.kernel.polynomial.coefficients != "taylor":
-            bounds = self._bounds(state, query)
+            bounds = state_bounds(xp, self.problem, state, query)
             return xp.reshape(0.5 * (bounds.low + bounds.high), (self.planes, columns.shape[2]))
         mean = prod_arrays([mode.totals / nonzero(xp, mode.counts) for mode in state])
         return self.problem.scale * xp.sum(columns * mean, axis=1)
@@ -253,7 +239,7 @@ class PolynomialStates:
     def _reading(self, state: State, columns: Array, tables: list[Array]) -> Reading:
         """Return what columns (P, w, c) read of tables (P, r, e + 1) and (P, r, 1), rows of all planes in turn."""
         xp, table = self.xp, self.kernel.table
-        peaks = xp.stack([_peaks(xp, columns), *(mode.peaks for mode in state)], axis=1)
+        peaks = xp.stack([finite_peaks(xp, columns), *(mode.peaks for mode in state)], axis=1)
         scales = scales_of_peaks(xp, peaks)
         # the scale goes with the columns, because a power of it alone may overflow where the scores are small
         product = prod_arrays([scales[:, t, :] for t in range(peaks.shape[1])]) * abs(self.problem.scale)
@@ -270,88 +256,11 @@ class PolynomialStates:
             reading.absolute.append(xp.reshape(absolute, (-1,)))
         return reading
 
-    @np.errstate(all="ignore")
-    def evidence(self, state: State, query: Array, output: KernelOutput) -> Evidence:
-        """Return what bounds the error of a reading beside the reading itself."""
-        xp, problem = self.xp, self.problem
-        log_weights = self._log_weights(state, query)
-        reach = xp.zeros((), dtype=xp.float64, device=device(query))
-        queries = _peaks(xp, self._query_columns(query))
-        sizes: list[tuple[Array, ...]] = []
-        for plane, heads in self._heads(query):
-            low, high = product_range(xp, tuple(mode.values[plane, ...] for mode in state), problem.value_width)
-            sizes += [value_sizes(xp, low, high, output.output[batch, head, ...]) for batch, head in heads]
-            peaks = xp.stack([queries[plane, :], *(mode.peaks[plane, :] for mode in state)], axis=0)
-            reach = xp.maximum(reach, reach_of_peaks(xp, problem, peaks))
-        spread, both, largest = (_by_row(xp, [part[i] for part in sizes], query) for i in range(3))
-        return Evidence(
-            bounds=self._bounds(state, query),
-            live=log_weights > -float("inf"),
-            log_weights=log_weights,
-            maxima=xp.zeros_like(log_weights),
-            spread=spread,
-            sizes=both,
-            largest=largest,
-            reach=reach,
-            tuples=float(np.prod([float(mode.length) for mode in state])),
-            additions=(float(self.kernel.table.features), *(float(mode.joins) for mode in state)),
-        )
-
-    def value_references(self, state: State, heads: int) -> tuple[Array, Array]:
-        """Return the range of value products and the largest absolute one, (b, h) each: what a tolerance refers to."""
-        xp, (batch, groups) = self.xp, (self.problem.batch, self.problem.groups)
-        extremes = tuple(xp.permute_dims(mode.values[:, :, 0], (1, 0)) for mode in state)  # (2 e, P)
-        low, high = product_range(xp, extremes, self.problem.value_width)
-        spread, largest = xp.max(high - low, axis=0), xp.max(xp.maximum(xp.abs(low), xp.abs(high)), axis=0)
-        shape = (batch, groups, heads // groups)
-
-        def by_head(x: Array) -> Array:
-            return xp.reshape(xp.broadcast_to(xp.reshape(x, (batch, groups, 1)), shape), (batch, heads))
-
-        return by_head(spread), by_head(largest)
-
-    def is_finite(self, state: State) -> bool:
-        """Whether no live key and no value of one was NaN or infinite."""
-        xp, width = self.xp, self.problem.score_width
-        parts = [part for mode in state for part in (mode.extremes[:, : 2 * width, :], mode.values)]
-        return all(bool(xp.all(xp.logical_or(xp.isfinite(part), part == -float("inf")))) for part in parts)
-
-    def _heads(self, query: Array) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-        """Yield each plane with its query heads, as (batch, head)."""
-        groups, share = self.problem.groups, query.shape[1] // self.problem.groups
-        for plane in range(self.planes):
-            batch, group = divmod(plane, groups)
-            yield plane, [(batch, group * share + head) for head in range(share)]
-
-    def _bounds(self, state: State, query: Array) -> RowBounds:
-        """Return the bounds of every row's scores, as `statistics.row_bounds`."""
-        xp, found = self.xp, []
-        for plane, heads in self._heads(query):
-            extremes = tuple(mode.extremes[plane, ...] for mode in state)
-            weights = tuple(mode.weights[plane, ...] for mode in state)
-            for batch, head in heads:
-                factor = Factor(query[batch, head, ...], Projection(), xp.float64)
-                found.append(score_bounds(xp, self.problem, factor, (0, query.shape[2]), extremes, weights))
-        return RowBounds(*(_by_row(xp, [part[i] for part in found], query) for i in range(4)))
-
-
-def _by_row(xp: Any, heads: list[Array], query: Array) -> Array:
-    """Return (b, h, n) of one array (n,) per head."""
-    if not heads:
-        return xp.zeros(query.shape[:3], dtype=xp.float64, device=device(query))
-    return xp.reshape(xp.stack(heads, axis=0), query.shape[:3])
-
 
 def _selected(xp: Any, rows: Array, live: Array) -> Array:
     """Return rows (P, c, ..) in float64, zero where a key is dead, whatever it holds."""
     wide = xp.astype(rows, xp.float64)
     return xp.where(live[:, :, None], wide, xp.zeros_like(wide))
-
-
-def _peaks(xp: Any, columns: Array) -> Array:
-    """Return the largest finite absolute entries (P, w) of columns (P, w, c), 0 where there are none."""
-    sizes = xp.where(xp.isfinite(columns), xp.abs(columns), xp.zeros_like(columns))
-    return xp.max(sizes, axis=2) if columns.shape[2] else xp.sum(sizes, axis=2)
 
 
 def _column_weights(xp: Any, columns: Array) -> Array:

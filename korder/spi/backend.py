@@ -54,18 +54,6 @@ class StateKernel(Protocol):
         """Return what queries (b, h, n, d), which see every key of a state, make of it."""
         ...
 
-    def evidence(self, state: Any, query: Any, output: KernelOutput) -> Any:
-        """Return what korder certifies a reading with, a `korder.methods.certificates.Evidence`."""
-        ...
-
-    def value_references(self, state: Any, heads: int) -> tuple[Any, Any]:
-        """Return the range of value products and the largest absolute one, (b, h) each."""
-        ...
-
-    def is_finite(self, state: Any) -> bool:
-        """Return whether no live key and no value of one was NaN or infinite."""
-        ...
-
 
 class Backend(ABC):
     """Who runs a plan. Subclass it, fill the attributes, and register an instance."""
