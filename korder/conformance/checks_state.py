@@ -19,8 +19,8 @@ from korder.conformance.subject import Subject
 from korder.spi import Operands
 
 Array = Any
-CUTS = (0, 1, 3)
-"""Where the keys are cut into pieces; the first of them is empty."""
+CUTS = (0, 0, 1, 3)
+"""Where the pieces of the keys begin; the first is empty."""
 
 
 def state_matches(subject: Subject, case: Case) -> None:

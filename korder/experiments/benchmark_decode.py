@@ -14,11 +14,13 @@ from korder.spec import AttentionSpec, Policy, Polynomial
 
 SCORE_RMS = 0.3
 TARGET = 1.2
+SIZES, QUICK_SIZES = (4096, 65536), (1024, 16384)
+"""Keys before a token, early and late."""
 
 
 def decode_token(settings: Settings) -> Measured:
     """Polynomial order 2: appending a token and decoding its query, late against early; the count of flop makes 1."""
-    sizes = (1024, 16384) if settings.quick else (4096, 65536)
+    sizes = QUICK_SIZES if settings.quick else SIZES
     policy = Policy() if settings.backend == "auto" else Policy(backends=(settings.backend,))
     spec = AttentionSpec(order=2, method=Polynomial(degree=2), policy=policy)
     works, states, case = [], [], None
