@@ -180,6 +180,7 @@ CHANGES: dict[str, tuple[Any, str, str]] = {
     "another shape": (lambda r, a: a.update(sums_0=a["sums_0"][:, :-1]), "state-invalid", "sums_0 of shape"),
     "another dtype": (lambda r, a: a.update(sums_0=a["sums_0"].astype("float32")), "state-invalid", "float32"),
     "another width": (lambda r, a: r["layout"].update(width=7), "state-invalid", "of shape"),
+    "a large batch": (lambda r, a: r["layout"].update(leading=[10**12, 2]), "state-invalid", "of shape"),
     "no layout": (lambda r, a: r.update(layout=3), "state-invalid", ""),
     "lengths": (lambda r, a: r["values"].update(lengths=["many", 2]), "state-invalid", "many"),
     "another library": (lambda r, a: r["layout"].update(kind="cupynumeric"), "state-kind", "cupynumeric"),

@@ -177,9 +177,5 @@ class PolynomialState(DecodeState):
     ) -> dict[str, tuple[tuple[int, ...], str]]:
         """Return shape and dtype of every array of `contents`."""
         made = cls(spec, layout, Polynomial.model_validate(values["method"]), ())
-        empty = made.prepared.kernel.states().empty(None)  # type: ignore[attr-defined]
-        return {
-            f"{name}_{t}": (tuple(getattr(mode, name).shape), "float64")
-            for t, mode in enumerate(empty)
-            for name in _ARRAYS
-        }
+        shapes = made.prepared.kernel.states().shapes()  # type: ignore[attr-defined]
+        return {f"{name}_{t}": (shapes[name], "float64") for t in range(spec.order) for name in _ARRAYS}

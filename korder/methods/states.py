@@ -82,24 +82,28 @@ class PolynomialStates:
         self.problem = kernel.problem
         self.planes = kernel.problem.batch * kernel.problem.groups
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every array of a mode."""
+        planes, width, channels = self.planes, self.problem.score_width, self.problem.value_width
+        features = self.kernel.table.features
+        return {
+            "sums": (planes, features, channels + 1),
+            "absolute": (planes, features, 1),
+            "totals": (planes, width, 1),
+            "peaks": (planes, width),
+            "weights": (planes, width, 1),
+            "extremes": (planes, 3 * width + 3, 1),
+            "values": (planes, 2 * channels, 1),
+        }
+
     def empty(self, place: Any) -> State:
         """Return the state of no keys, on a device."""
-        xp, width, channels = self.xp, self.problem.score_width, self.problem.value_width
-
-        def full(rows: int, columns: int, value: float) -> Array:
-            return xp.full((self.planes, rows, columns), value, dtype=xp.float64, device=place)
-
-        features = self.kernel.table.features
-        mode = ModeState(
-            sums=full(features, channels + 1, 0.0),
-            absolute=full(features, 1, 0.0),
-            totals=full(width, 1, 0.0),
-            peaks=full(width, 1, 0.0)[:, :, 0],
-            weights=full(width, 1, 1.0),
-            extremes=full(3 * width + 3, 1, -float("inf")),
-            values=full(2 * channels, 1, -float("inf")),
-        )
-        return (mode,) * self.problem.order
+        filled = {"weights": 1.0, "extremes": -float("inf"), "values": -float("inf")}
+        arrays = {
+            name: self.xp.full(shape, filled.get(name, 0.0), dtype=self.xp.float64, device=place)
+            for name, shape in self.shapes().items()
+        }
+        return (ModeState(**arrays),) * self.problem.order
 
     @np.errstate(all="ignore")
     def extend(

@@ -42,6 +42,10 @@ class StateKernel(Protocol):
     A state is a tuple with one `ModeState` per mode. It is a value: extending it leaves it as it was.
     """
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every array of a `ModeState`, by name."""
+        ...
+
     def empty(self, place: object) -> Any:
         """Return the state of no keys, on a device."""
         ...
