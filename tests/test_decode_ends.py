@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,10 @@ from tests.decode_cases import decode_case, fed, spec_of, with_method
 Array = Any
 X = np.ones((2, 3, 4), dtype="float32")
 SPEC = spec_of(2, Exact())
+
+
+CHOOSES = spec_of(2, Exact())
+CHOOSES.__dict__["method"] = SimpleNamespace(kind="auto")  # whatever such a method is called
 
 
 def tokens(*shapes: tuple[int, ...], dtype: str = "float32") -> tuple[Array, ...]:
@@ -39,6 +44,8 @@ PREFILLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "other heads": ({"keys": (X, X[:1])}, korder.ShapeError, r"keys\[1\].*another shape"),
     "a long mask": ({"key_masks": (None, np.ones((2, 4), bool))}, korder.ShapeError, r"key_masks\[1\] must have one"),
     "a mask of floats": ({"key_masks": (X[:, :, 0], None)}, korder.OperandError, r"key_masks\[0\] must be a boolean"),
+    "a method that chooses": ({"spec": CHOOSES},
+                              korder.UnsupportedProblemError, "made for one method"),
     "no backend": ({"spec": spec_of(2, Exact(), policy={"backends": ("torch",)})}, korder.UnsupportedProblemError,
                    "array kind=numpy"),
     "capacity": ({"capacity": 2.5}, korder.SpecError, "capacity must be a number of keys"),

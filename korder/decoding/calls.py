@@ -11,7 +11,7 @@ from typing import Any
 from korder.decoding.state import DecodeState
 from korder.decoding.tokens import TokenLayout
 from korder.dispatch.arrays import resolve_spec
-from korder.errors import OperandError, SpecError
+from korder.errors import OperandError, SpecError, UnsupportedProblemError
 from korder.result import Certificate, Result
 from korder.spec import AttentionSpec
 
@@ -87,6 +87,13 @@ def _check_spec(spec: AttentionSpec, layout: TokenLayout) -> None:
             expected=f"{spec.order} key matrices, because the spec says order={spec.order}",
             got=f"{layout.order} key matrices",
             hint="the query does not count: order 2 means two key matrices.",
+        )
+    if spec.method.kind not in ("exact", "polynomial"):
+        raise UnsupportedProblemError(
+            "a state is made for one method, before a query is there to choose another by.",
+            code="decode-unsupported",
+            expected="method Exact() or Polynomial(degree=..)",
+            got=f"method={spec.method.kind}",
         )
     if spec.score != "khatri_rao":
         raise SpecError(

@@ -77,7 +77,7 @@ def evidence_of(xp: Any, plan: Plan, operands: Operands, output: KernelOutput) -
     assert polynomial is not None
     bounds = row_bounds(xp, problem, operands)
     live, log_weights = live_rows(xp, problem, operands)
-    spread, sizes, largest = _value_sizes(xp, problem, operands, output)
+    spread, sizes, largest = value_sizes(xp, problem, operands, output)
     return Evidence(
         bounds=bounds,
         live=live,
@@ -111,7 +111,7 @@ def certificate_of(xp: Any, plan: Plan, evidence: Evidence, output: KernelOutput
     moved = xp.where(spread > 0.0, (lost + xp.tanh(0.5 * bounds.perturbation)) * spread, 0.0 * spread)
     # the last term: value products, and an output, too small for their dtype
     smallest = xp.where(sizes > 0.0, _SMALLEST_VALUES + zero, zero)
-    rounding = inexact + moved + _final_unit(xp, problem) * evidence.largest + smallest
+    rounding = inexact + moved + final_unit(xp, problem) * evidence.largest + smallest
     lse_bound = logarithm + _log_shift(xp, lost) + _log_shift(xp, rows.relative) + bounds.perturbation
     lse_bound = lse_bound + _lse_rounding(xp, output.lse, rows)
     # sums that may be half wrong say nothing; NaN stays NaN
@@ -130,7 +130,7 @@ def certificate_of(xp: Any, plan: Plan, evidence: Evidence, output: KernelOutput
     )
 
 
-def _final_unit(xp: Any, problem: Problem) -> float:
+def final_unit(xp: Any, problem: Problem) -> float:
     """Return the relative error of the division and of its cast to the output, a cast to 16 bits not counted."""
     wide = problem.dtype == "float64"
     return 2.0 * UNIT64 if wide else 0.51 * float(xp.finfo(xp.float32).eps)
@@ -251,7 +251,7 @@ def _value_extremes(xp: Any, plane: Plane) -> Statistic:
     return statistic
 
 
-def _value_sizes(xp: Any, problem: Problem, operands: Operands, output: KernelOutput) -> tuple[Array, Array, Array]:
+def value_sizes(xp: Any, problem: Problem, operands: Operands, output: KernelOutput) -> tuple[Array, Array, Array]:
     """Return, for every row, the range of value products, the largest product plus output, and the largest output.
 
     Each is the largest over channels, (b, h, n) float64, over the keys that the row sees; the ranges are attained.
@@ -262,14 +262,14 @@ def _value_sizes(xp: Any, problem: Problem, operands: Operands, output: KernelOu
         for start, stop, extremes in visible_maxima(xp, sight, _value_extremes(xp, plane)):
             low, high = product_range(xp, extremes, width)
             for head in plane.heads:
-                parts = value_sizes(xp, low, high, output.output[plane.batch, head, start:stop, :])
+                parts = row_sizes(xp, low, high, output.output[plane.batch, head, start:stop, :])
                 for store, part in zip(pieces, parts, strict=True):
                     store.setdefault((plane.batch, head), []).append(part)
     spread, sizes, largest = (assemble(xp, store, problem, device(operands.query)) for store in pieces)
     return spread, sizes, largest
 
 
-def value_sizes(xp: Any, low: Array, high: Array, output: Array) -> tuple[Array, Array, Array]:
+def row_sizes(xp: Any, low: Array, high: Array, output: Array) -> tuple[Array, Array, Array]:
     """Return `Evidence.spread`, `.sizes` and `.largest` of rows, given their extreme value products and their output.
 
     Shapes:  low and high (e, c) or (e, 1); output (c, e); each of the three (c,).

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from array_api_compat import device
 
-from korder.methods.certificates import Evidence, reach_of_peaks, value_sizes
+from korder.methods.certificates import Evidence, reach_of_peaks, row_sizes
 from korder.methods.factors import Factor, Projection
 from korder.methods.scales import finite_peaks
 from korder.methods.statistics import RowBounds, product_range, score_bounds
@@ -37,7 +37,7 @@ def evidence_of_state(xp: Any, plan: Plan, state: State, query: Array, output: K
     sizes: list[tuple[Array, ...]] = []
     for plane, heads in _plane_heads(problem, query):
         low, high = product_range(xp, tuple(mode.values[plane, ...] for mode in state), problem.value_width)
-        sizes += [value_sizes(xp, low, high, output.output[batch, head, ...]) for batch, head in heads]
+        sizes += [row_sizes(xp, low, high, output.output[batch, head, ...]) for batch, head in heads]
         peaks = xp.stack([queries[plane, :], *(mode.peaks[plane, :] for mode in state)], axis=0)
         reach = xp.maximum(reach, reach_of_peaks(xp, problem, peaks))
     spread, both, largest = (_by_row(xp, [part[i] for part in sizes], query) for i in range(3))
