@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from korder.api import attend, attend_result, backends, measure, merge, plan, register_backend
+    from korder.decoding.calls import decode, decode_result, load_state, prefill
+    from korder.decoding.state import DecodeState
     from korder.errors import (
         AccuracyError,
         AccuracyWarning,
@@ -34,6 +36,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "korder.api": ("attend", "attend_result", "backends", "measure", "merge", "plan", "register_backend"),
+    "korder.decoding.calls": ("decode", "decode_result", "load_state", "prefill"),
+    "korder.decoding.state": ("DecodeState",),
     "korder.errors": (
         "AccuracyError",
         "AccuracyWarning",
@@ -78,6 +82,7 @@ __all__ = [
     "Causal",
     "Certificate",
     "ConformanceFailure",
+    "DecodeState",
     "Exact",
     "Full",
     "KernelError",
@@ -103,10 +108,14 @@ __all__ = [
     "attend",
     "attend_result",
     "backends",
+    "decode",
+    "decode_result",
+    "load_state",
     "marginals",
     "measure",
     "merge",
     "plan",
+    "prefill",
     "regime",
     "register_backend",
     "top_tuples",

@@ -73,6 +73,9 @@ class MutantKernel:
     def forward(self, operands: Operands, *, save: bool, residuals: Any = None) -> KernelOutput:
         return self.mutant.forward(self.plan, self.inner, operands, save, residuals)
 
+    def states(self) -> Any:
+        return self.inner.states()
+
     def backward(
         self, operands: Operands, saved: KernelOutput, grads: OutputGradients, *, needs: frozenset[str]
     ) -> OperandGradients:

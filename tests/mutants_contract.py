@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from korder.methods.states import PolynomialStates
 from korder.spi import (
     NEEDS,
     Availability,
@@ -106,6 +107,31 @@ def lower_degree(plan: Plan, make: Any) -> Any:
 class Unchecked(PolynomialKernel):
     def check_normaliser(self, mean: Array, live: Array) -> None:
         """Lets anything pass."""
+
+
+class ForgetfulStates(PolynomialStates):
+    def extend(self, state: Any, *tokens: Any) -> Any:
+        """Starts anew with every piece."""
+        return super().extend(self.empty(None), *tokens)
+
+
+class Forgetful(PolynomialKernel):
+    def states(self) -> Any:
+        return ForgetfulStates(self)
+
+
+class SharedStates(PolynomialStates):
+    def extend(self, state: Any, *tokens: Any) -> Any:
+        """Writes into the sums of the state that it extends."""
+        extended = super().extend(state, *tokens)
+        for before, after_it in zip(state, extended, strict=True):
+            before.sums[...] = after_it.sums
+        return extended
+
+
+class Shared(PolynomialKernel):
+    def states(self) -> Any:
+        return SharedStates(self)
 
 
 def no_residuals(plan: Plan, kernel: Kernel, operands: Operands, save: bool, residuals: Any) -> KernelOutput:
@@ -249,6 +275,12 @@ CONTRACT: dict[str, Mutant] = {
     "closed form always": Mutant(
         "the gradient is the closed form where the consistent one was asked for", ("polynomial.gradient",),
         compiled=with_gradient("closed_form"),
+    ),
+    "state forgets": Mutant(
+        "a state has only the keys that came last", ("polynomial.state",), facts={"polynomial_kernel": Forgetful}
+    ),
+    "state written to": Mutant(
+        "extending a state changes it", ("polynomial.state",), facts={"polynomial_kernel": Shared}
     ),
     "input changed": Mutant(
         "the query is scaled in place", ("contract.inputs",), scales_in_place

@@ -28,7 +28,7 @@ LAYERS = [
     ("korder.methods", "korder.operators"),
     ("korder.spi.namespace",),
     ("korder.dispatch",),
-    ("korder.api", "korder.weights"),
+    ("korder.api", "korder.weights", "korder.decoding"),
     ("korder.experiments",),
     ("korder.cli",),
 ]

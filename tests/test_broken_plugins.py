@@ -293,6 +293,7 @@ def test_the_command_gives_everything_in_json(site: Path) -> None:
     }.items()  # fmt: skip
     assert sound["methods"]["polynomial"] == {
         "masks": ["causal", "full"], "biases": ["key"], "weights": ["cp", "full"], "key_masks": True, "backward": True,
+        "state": True,
     }  # fmt: skip
 
 

@@ -72,6 +72,22 @@ def test_bench_prints_no_speed_when_outputs_are_wrong(monkeypatch: pytest.Monkey
         assert row["values"] == {}
 
 
+def test_bench_compares_a_late_token_with_an_early_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from korder.experiments import benchmark_decode
+
+    monkeypatch.setattr(benchmark_decode, "QUICK_SIZES", (40, 160))
+    arguments = ("bench", "--quick", "--row", "decode", "--format", "json")
+    (row,) = json.loads(call(*arguments).stdout)["rows"]
+    assert row["verdict"] in ("met", "missed")
+    assert row["values"]["ratio"] == row["values"]["late_seconds"] / row["values"]["early_seconds"]
+    decode = benchmark_decode.decode
+    monkeypatch.setattr(benchmark_decode, "decode", lambda query, state: decode(query, state) * 1.001)
+    result = call(*arguments)
+    assert result.exit_code == 1
+    (row,) = json.loads(result.stdout)["rows"]
+    assert (row["verdict"], row["values"]) == ("WRONG OUTPUT", {})
+
+
 def test_bench_sees_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
 
     import korder.experiments.benchmark_cases as cases

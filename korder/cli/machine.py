@@ -52,7 +52,7 @@ def _status_record(status: BackendStatus) -> dict[str, Any]:
 
 def _method_record(method: MethodSupport) -> dict[str, Any]:
     sets = {name: sorted(getattr(method, name)) for name in ("masks", "biases", "weights", "closed_form")}
-    return {**sets, "key_masks": method.key_masks, "backward": method.backward}
+    return {**sets, "key_masks": method.key_masks, "backward": method.backward, "state": method.state}
 
 
 def _status_text(status: BackendStatus) -> str:
@@ -80,7 +80,8 @@ def _capability_facts(kinds: tuple[str, ...], facts: Capabilities) -> list[tuple
         sets = [("masks", method.masks), ("biases", method.biases), ("weights", method.weights)]
         sets.append(("closed-form gradient under", method.closed_form))
         parts = [f"{name} {_listed(entries)}" for name, entries in sets if entries]
-        parts += [name for name, has in (("key masks", method.key_masks), ("backward", method.backward)) if has]
+        flags = (("key masks", method.key_masks), ("backward", method.backward), ("decoding state", method.state))
+        parts += [name for name, has in flags if has]
         found.append((method.name, "; ".join(parts) or "nothing"))
     return found
 

@@ -13,6 +13,7 @@ from korder.conformance import (
     checks_gradient,
     checks_polynomial,
     checks_relation,
+    checks_state,
     checks_value,
 )
 from korder.conformance.arrays import ArrayKind, FromArray, ToArray
@@ -29,6 +30,7 @@ CHECKS: tuple[Check, ...] = (
     *checks_relation.CHECKS,
     *checks_gradient.CHECKS,
     *checks_polynomial.CHECKS,
+    *checks_state.CHECKS,
     *checks_edge.CHECKS,
 )
 DEPTHS = ("quick", "full")

@@ -30,17 +30,29 @@ def prepare(
     *,
     first: int = 0,
     backward: bool = False,
+    state: bool = False,
 ) -> Prepared:
-    """Plan, select and compile, starting at the plan of rank `first`; `backward` asks for a kernel that has one.
+    """Plan, select and compile, starting at the plan of rank `first`; `backward` and `state` ask for kernels with one.
 
     Raises:
         UnknownBackendError, BackendUnavailableError, UnsupportedProblemError: As `select`.
     """
-    key = (problem, array_kind, requested, first, backward, os.environ.get("KORDER_BACKEND"), registry.generation)
+    key = (
+        problem,
+        array_kind,
+        requested,
+        first,
+        backward,
+        state,
+        os.environ.get("KORDER_BACKEND"),
+        registry.generation,
+    )
     prepared = registry.prepared.get(key)
     if prepared is None:
         plans = candidate_plans(problem)
-        selection = select(registry, plans[first:], array_kind=array_kind, requested=requested, backward=backward)
+        selection = select(
+            registry, plans[first:], array_kind=array_kind, requested=requested, backward=backward, state=state
+        )
         prepared = Prepared(plans, selection, selection.backend.compile(selection.plan))
         registry.prepared.put(key, prepared)
     return prepared

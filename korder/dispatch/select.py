@@ -41,7 +41,13 @@ class Selection:
 
 
 def select(
-    registry: Registry, plans: tuple[Plan, ...], *, array_kind: str, requested: str = "auto", backward: bool = False
+    registry: Registry,
+    plans: tuple[Plan, ...],
+    *,
+    array_kind: str,
+    requested: str = "auto",
+    backward: bool = False,
+    state: bool = False,
 ) -> Selection:
     """Return the first (plan, backend) that fits.
 
@@ -51,6 +57,7 @@ def select(
         array_kind: Kind of the operands, "numpy", "torch", ...
         requested: A backend name, which is then the only one considered, or "auto".
         backward: Whether the kernel's backward will be called.
+        state: Whether the kernel's states will be asked for.
 
     Raises:
         UnknownBackendError: `requested`, `KORDER_BACKEND` or the policy names a backend that does not exist.
@@ -64,7 +71,7 @@ def select(
     rejected: list[Rejection] = []
     for rank, plan in enumerate(plans):
         for backend in candidates:
-            reasons = _reasons(registry, backend, plan, array_kind, backward)
+            reasons = _reasons(registry, backend, plan, array_kind, (backward, state))
             if not reasons:
                 return Selection(backend, plan, rank, tuple(rejected))
             rejected.append(Rejection(backend.name, backend.priority, plan.name, reasons))
@@ -88,18 +95,20 @@ def _candidates(registry: Registry, named: str, allowed: tuple[str, ...] | None)
     return (registry.get(named),)
 
 
-def _reasons(registry: Registry, backend: Backend, plan: Plan, array_kind: str, backward: bool) -> tuple[str, ...]:
+def _reasons(
+    registry: Registry, backend: Backend, plan: Plan, array_kind: str, wanted: tuple[bool, bool]
+) -> tuple[str, ...]:
     """All reasons against a backend; availability is not asked of one that does not take these arrays."""
     if array_kind not in backend.array_kinds:
         return (str(Reason("array kind", array_kind, ", ".join(sorted(backend.array_kinds)))),)
-    reasons = _refusals(backend, plan, backward)
+    reasons = _refusals(backend, plan, *wanted)
     answer = registry.availability(backend)
     if not answer.available:
         reasons.insert(0, f"not available: {answer.reason}" + (f"; {answer.remedy}" if answer.remedy else ""))
     return tuple(reasons)
 
 
-def _refusals(backend: Backend, plan: Plan, backward: bool) -> list[str]:
+def _refusals(backend: Backend, plan: Plan, backward: bool, state: bool) -> list[str]:
     """All static reasons against a backend; one that cannot be asked about a plan is not asked to run it."""
     try:
         reasons = [str(reason) for reason in backend.unsupported_reasons(plan)]
@@ -108,6 +117,8 @@ def _refusals(backend: Backend, plan: Plan, backward: bool) -> list[str]:
         return [f"raised when it was asked about this plan: {type(error).__name__}: {error}"]
     if backward and support is not None and not support.backward:
         reasons.append(str(Reason("pass", "backward", f"forward with method={plan.method}")))
+    if state and support is not None and not support.state:
+        reasons.append(str(Reason("pass", "decode", f"forward with method={plan.method}")))
     return reasons
 
 

@@ -26,6 +26,7 @@ from korder.experiments.benchmark_cases import (
     require_backward,
     require_forward,
 )
+from korder.experiments.benchmark_decode import decode_token
 from korder.experiments.benchmark_figures import (
     CEILING_FLOPS,
     Measured,
@@ -286,6 +287,7 @@ ROWS: dict[str, Callable[[Settings], Measured]] = {
     "polynomial-forward": polynomial_forward,
     "polynomial-slope": polynomial_slope,
     "polynomial-backward": polynomial_backward,
+    "decode": decode_token,
     "import-time": import_time,
     "plugins": plugins,
     "overhead": overhead,

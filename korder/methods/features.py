@@ -108,6 +108,19 @@ def polynomial_features(xp: Any, table: FeatureTable, columns: Array) -> Array:
     return xp.concat(blocks, axis=0)
 
 
+def gathered_features(xp: Any, table: FeatureTable, columns: Array, indices: list[tuple[Array, Array]]) -> Array:
+    """Return what `polynomial_features` does by gathering: faster for a few columns, slower for many.
+
+    Args:  indices: `parents` of the degrees 1, 2, .. as arrays of the columns' device.
+    """
+    block = xp.ones_like(columns[:1, :])
+    blocks = [block]
+    for above, variables in indices[: table.degree]:
+        block = xp.take(block, above, axis=0) * xp.take(columns, variables, axis=0)
+        blocks.append(block)
+    return xp.concat(blocks, axis=0)
+
+
 def feature_adjoint(xp: Any, table: FeatureTable, columns: Array, features: Array, gradient: Array) -> Array:
     """Return the gradient with respect to the columns, given the one with respect to the features.
 

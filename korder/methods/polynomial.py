@@ -28,17 +28,17 @@ from korder.methods.readings import (
     Reading,
     ReadTable,
     RowCollector,
-    centred_coefficients,
-    centred_powers,
+    finish_rows,
     nonzero,
     prod_arrays,
-    sum_arrays,
 )
 from korder.methods.running_arrays import RunningArrays
+from korder.methods.scales import scales_of_peaks
 from korder.methods.sight import live_rows
 from korder.methods.statistics import column_peaks, row_centres
 from korder.planning.plan import Plan, PolynomialPlan
 from korder.planning.polynomial import forward_workspace
+from korder.spi.backend import StateKernel
 from korder.spi.operands import KernelOutput, OperandGradients, Operands, OutputGradients
 from korder.spi.progress import PROGRESS
 
@@ -88,7 +88,7 @@ class PolynomialKernel(RunningArrays):
             centre = row_centres(xp, problem, operands, self.polynomial.coefficients)
         live, log_weights = live_rows(xp, problem, operands, known.get("maxima"))
         progress = self._progress(operands)
-        place, degree = device(operands.query), self.polynomial.degree
+        place, degree, dtype = device(operands.query), self.polynomial.degree, getattr(xp, problem.dtype)
         stores = (
             self.collector(place, (problem.value_width,), operands.query.dtype),
             self.collector(place),
@@ -101,7 +101,8 @@ class PolynomialKernel(RunningArrays):
             states: list[Array] = []
             for head, start, stop, reading in self.readings(operands, plane, scales, states, progress):
                 at = (plane.batch, head, slice(start, stop))
-                for store, part in zip(stores, self._finish(reading, centre[at], live[at]), strict=True):
+                finished = finish_rows(xp, self.polynomial.values, reading, centre[at], live[at])
+                for store, part in zip(stores, (xp.astype(finished[0], dtype), *finished[1:]), strict=True):
                     store.put(plane.batch, head, start, part)
             kept.close(xp, plane, scales, states)
         progress.finish()
@@ -221,22 +222,6 @@ class PolynomialKernel(RunningArrays):
         absolute = self.absolute_read(columns, features, table.absolute)
         return Reading(sums, [x * factor for x, factor in zip(absolute, table.absolute_factors, strict=True)])
 
-    def _finish(self, reading: Reading, centre: Array, live: Array) -> tuple[Array, Array, Array, Array]:
-        """Return output, mean polynomial, moments and magnitude of a block of rows."""
-        xp = self.xp
-        coefficients = centred_coefficients(self.polynomial.values, -centre)
-        total = sum_arrays([c[:, None] * x for c, x in zip(coefficients, reading.sums, strict=True)])
-        mean = total[:, -1]
-        safe = xp.where(live, mean, xp.ones_like(mean))
-        output = xp.where(live[:, None], total[:, :-1] / safe[:, None], xp.zeros_like(total[:, :-1]))
-        moments = centred_powers([x[:, -1] for x in reading.sums], -centre)
-        absolute = centred_powers(reading.absolute, xp.abs(centre))
-        magnitude = sum_arrays([abs(c) * x for c, x in zip(self.polynomial.values, absolute, strict=True)]) / safe
-        zero = xp.zeros_like(mean)
-        dtype = getattr(xp, self.problem.dtype)
-        stacked = xp.stack([xp.where(live, x, zero) for x in moments], axis=1)
-        return xp.astype(output, dtype), xp.where(live, mean, zero), stacked, xp.where(live, magnitude, zero)
-
     @np.errstate(all="ignore")
     def backward(
         self, operands: Operands, saved: KernelOutput, grads: OutputGradients, *, needs: frozenset[str]
@@ -246,6 +231,15 @@ class PolynomialKernel(RunningArrays):
 
         return backward(self, operands, saved, grads, needs)
 
+    def states(self) -> StateKernel:
+        """Return what keeps and reads sums over keys that come one after another."""
+        from korder.methods.states import PolynomialStates
+
+        return PolynomialStates(self)
+
+    def release(self) -> None:
+        """Let go of scratch memory that belongs to a call; there is none here."""
+
     def check_normaliser(self, mean: Array, live: Array) -> None:
         """Raise if a row with a live tuple has a finite mean polynomial that is not positive."""
         xp = self.xp
@@ -253,8 +247,8 @@ class PolynomialKernel(RunningArrays):
         if not bool(xp.any(bad)):
             return
         flat = int(xp.argmax(xp.reshape(xp.astype(bad, xp.int8), (-1,))))
-        head, row = divmod(flat, self.problem.queries)
-        batch, head = divmod(head, self.problem.heads)
+        head, row = divmod(flat, mean.shape[2])
+        batch, head = divmod(head, mean.shape[1])
         value = float(mean[batch, head, row])
         raise AccuracyError(
             f"the polynomial of degree {self.polynomial.degree} sums to a number that is not positive "
@@ -274,17 +268,7 @@ class PolynomialKernel(RunningArrays):
         """Return powers of two near the largest finite live entry of every column: (k + 1, w) float64."""
         xp = self.xp
         queries = xp.max(xp.stack([column_peaks(xp, query) for query in plane.queries], axis=0), axis=0)
-        largest = xp.stack([queries, *(column_peaks(xp, key) for key in plane.keys)], axis=0)
-        positive = largest > 0.0
-        usable = xp.where(positive, largest, xp.ones_like(largest))
-        scales = xp.pow(xp.full_like(usable, 2.0), xp.ceil(xp.log2(usable)))
-        # a column that is zero in some factor adds nothing, and must not set the size of monomials either
-        product = xp.prod(scales, axis=0, keepdims=True)
-        alive = xp.min(xp.astype(positive, xp.float64), axis=0, keepdims=True) > 0.0
-        target = nonzero(xp, xp.max(xp.where(alive, product, xp.zeros_like(product))))
-        zeros = xp.astype(xp.logical_not(positive), xp.float64)
-        first = xp.logical_and(xp.logical_not(positive), xp.cumulative_sum(zeros, axis=0) == 1.0)
-        return xp.where(first, scales * (target / product), scales)
+        return scales_of_peaks(xp, xp.stack([queries, *(column_peaks(xp, key) for key in plane.keys)], axis=0))
 
     def scaled(self, factor: Factor, scale: Array, start: int, stop: int) -> Array:
         """Return a factor's columns over their scales: (w, stop - start), entries of at most 1."""

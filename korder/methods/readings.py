@@ -121,6 +121,31 @@ def centred_powers(powers_of_x: list[Array], shift: Array) -> list[Array]:
     return [sum_arrays([comb(m, s) * powers[m - s] * powers_of_x[s] for s in range(m + 1)]) for m in range(len(powers))]
 
 
+def finish_rows(
+    xp: Any, values: tuple[float, ...], reading: Reading, centre: Array, live: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Return output (c, e), mean polynomial (c,), moments (c, degree + 1) and magnitude (c,) of a block of rows.
+
+    Args:
+        xp: Array API namespace.
+        values: Coefficients of the polynomial of the centred score.
+        reading: What the rows read.
+        centre: (c,), the centres of their scores.
+        live: (c,) bool, whether they see a tuple.
+    """
+    coefficients = centred_coefficients(values, -centre)
+    total = sum_arrays([c[:, None] * x for c, x in zip(coefficients, reading.sums, strict=True)])
+    mean = total[:, -1]
+    safe = xp.where(live, mean, xp.ones_like(mean))
+    output = xp.where(live[:, None], total[:, :-1] / safe[:, None], xp.zeros_like(total[:, :-1]))
+    moments = centred_powers([x[:, -1] for x in reading.sums], -centre)
+    absolute = centred_powers(reading.absolute, xp.abs(centre))
+    magnitude = sum_arrays([abs(c) * x for c, x in zip(values, absolute, strict=True)]) / safe
+    zero = xp.zeros_like(mean)
+    stacked = xp.stack([xp.where(live, x, zero) for x in moments], axis=1)
+    return output, xp.where(live, mean, zero), stacked, xp.where(live, magnitude, zero)
+
+
 def _powers(x: Array, degree: int) -> list[Array]:
     powers = [x * 0.0 + 1.0]
     for _ in range(degree):

@@ -31,19 +31,24 @@ _WINDOW_STEP = 128
 
 def key_extremes(xp: Any, plane: Plane, scales: tuple[Array, ...]) -> Statistic:
     """Return the statistic whose maxima are: columns, their negatives, absolute sums, and three powers of norms."""
-    order = len(plane.keys)
 
     def statistic(mode: int, start: int, stop: int) -> Array:
         key = plane.keys[mode]
         raw = key.operand_columns(xp, start, stop)
         columns = xp.astype(key.projection.apply(xp, raw), xp.float64)
-        norms = [columns**2, (columns / scales[mode]) ** 2, xp.abs(columns) ** (order + 1)]
-        rows = [columns, -columns, xp.astype(key.projection.magnitudes(xp, raw), xp.float64)]
-        block = xp.concat([*rows, *(xp.sum(norm, axis=0, keepdims=True) for norm in norms)], axis=0)
+        magnitudes = xp.astype(key.projection.magnitudes(xp, raw), xp.float64)
+        block = extreme_rows(xp, columns, magnitudes, scales[mode], len(plane.keys))
         live = key.live_tokens(xp, start, stop)
         return xp.where(live[None, :], block, xp.full_like(block, -float("inf")))
 
     return statistic
+
+
+def extreme_rows(xp: Any, columns: Array, magnitudes: Array, scale: Array, order: int) -> Array:
+    """Return the rows (.., 3 w + 3, c) of `key_extremes`, given columns and magnitudes (.., w, c), scale (.., w, 1)."""
+    norms = [columns**2, (columns / scale) ** 2, xp.abs(columns) ** (order + 1)]
+    sums = [xp.sum(norm, axis=-2, keepdims=True) for norm in norms]
+    return xp.concat([columns, -columns, magnitudes, *sums], axis=-2)
 
 
 def column_peaks(xp: Any, factor: Factor) -> Array:
@@ -97,13 +102,13 @@ def row_bounds(xp: Any, problem: Problem, operands: Operands) -> RowBounds:
         scales = tuple(column_rms(xp, key) for key in plane.keys)
         for start, stop, extremes in visible_maxima(xp, sight, key_extremes(xp, plane, scales)):
             for head, query in zip(plane.heads, plane.queries, strict=True):
-                parts = _bounds(xp, problem, query, (start, stop), extremes, scales)
+                parts = score_bounds(xp, problem, query, (start, stop), extremes, scales)
                 for store, part in zip(pieces, parts, strict=True):
                     store.setdefault((plane.batch, head), []).append(part)
     return RowBounds(*(assemble(xp, store, problem, device(operands.query)) for store in pieces))
 
 
-def _bounds(
+def score_bounds(
     xp: Any,
     problem: Problem,
     query: Factor,
@@ -111,6 +116,7 @@ def _bounds(
     extremes: tuple[Array, ...],
     scales: tuple[Array, ...],
 ) -> tuple[Array, Array, Array, Array]:
+    """Return the parts of `RowBounds` for rows of one head, given per mode the maxima of `key_extremes`."""
     width, order = problem.score_width, problem.order
     raw = query.operand_columns(xp, *rows)
     columns = problem.scale * xp.astype(query.projection.apply(xp, raw), xp.float64)

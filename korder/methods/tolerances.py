@@ -46,9 +46,17 @@ def meets_tolerance(xp: Any, certificate: Certificate, operands: Operands, toler
     Both references are the largest over channels of the row's head. Rows with no live tuple are exempt, and where an
     operand holds NaN or infinity so are rows with NaN; a NaN that came out of finite operands misses.
     """
-    spread, largest = _head_values(xp, operands)
+    return check_parts(xp, certificate, _head_values(xp, operands), _all_finite(xp, operands), tolerance)
+
+
+@np.errstate(all="ignore")
+def check_parts(
+    xp: Any, certificate: Certificate, references: tuple[Array, Array], finite: bool, tolerance: float
+) -> ToleranceCheck:
+    """Return how a certificate stands, given value range and largest value product (b, h); `finite`: all operands."""
+    spread, largest = references
     parts = [certificate.approximation, certificate.rounding]
-    if _all_finite(xp, operands):
+    if finite:
         parts = [xp.where(xp.isnan(part), xp.full_like(part, float("inf")), part) for part in parts]
     approximation = _worst_row(xp, "approximation", parts[0], tolerance * spread)
     rounding = _worst_row(xp, "rounding", parts[1], tolerance * largest)

@@ -10,7 +10,7 @@ from korder.planning.plan import ContractionStep, Cost, Plan, PolynomialPlan, Ti
 from korder.planning.slicing import choose_tiling, folded_blocks
 from korder.problem import Problem
 from korder.spi.availability import Availability
-from korder.spi.backend import API_VERSION, Backend, Kernel
+from korder.spi.backend import API_VERSION, Backend, Kernel, StateKernel
 from korder.spi.capabilities import Capabilities, MethodSupport, Reason
 from korder.spi.hooks import ENTRY_POINT_GROUP, hookimpl
 from korder.spi.operands import NEEDS, KernelOutput, OperandGradients, Operands, OutputGradients
@@ -54,6 +54,7 @@ __all__ = [
     "Reason",
     "RowCotangent",
     "RowState",
+    "StateKernel",
     "TileArithmetic",
     "TileGradients",
     "TileMask",

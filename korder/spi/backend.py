@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from korder.planning.plan import Plan
 from korder.spi.availability import Availability
@@ -21,7 +21,8 @@ class Kernel(Protocol):
     rounding error of one block sum of an approximate method), and a method `residual_shapes(operands)`: shape and dtype
     name of everything beside `output` that `forward(save=True)` returns, residuals by their names. Frameworks that
     record or trace need it; of the operands only shapes may be looked at. The first axis of a residual runs over the
-    batch, or over the batch and something else with the batch outermost.
+    batch, or over the batch and something else with the batch outermost. A kernel whose `MethodSupport` says `state`
+    has `states()`, which returns its `StateKernel`.
     """
 
     def forward(self, operands: Operands, *, save: bool, residuals: dict[str, object] | None = None) -> KernelOutput:
@@ -32,6 +33,29 @@ class Kernel(Protocol):
         self, operands: Operands, saved: KernelOutput, grads: OutputGradients, *, needs: frozenset[str]
     ) -> OperandGradients:
         """Return the gradients that `needs` names, in the operands' dtype."""
+        ...
+
+
+class StateKernel(Protocol):
+    """Sums over keys that come one after another, for decoding; what `korder.methods.states` has for every namespace.
+
+    A state is a tuple with one `ModeState` per mode. It is a value: extending it leaves it as it was.
+    """
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every array of a `ModeState`, by name."""
+        ...
+
+    def empty(self, place: object) -> Any:
+        """Return the state of no keys, on a device."""
+        ...
+
+    def extend(self, state: Any, keys: tuple[Any, ...], values: tuple[Any, ...], key_masks: tuple[Any, ...]) -> Any:
+        """Return a state with more keys in every mode; shapes as in `Operands`."""
+        ...
+
+    def read(self, state: Any, query: Any) -> KernelOutput:
+        """Return what queries (b, h, n, d), which see every key of a state, make of it."""
         ...
 
 

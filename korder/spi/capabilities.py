@@ -32,6 +32,7 @@ class MethodSupport:
         key_masks: Whether key masks are taken.
         backward: Whether the kernel has a backward.
         closed_form: Kinds of mask under which that of the polynomial method also knows the closed form of the gradient.
+        state: Whether the kernel has `states()`, sums over keys that come one after another, for decoding.
     """
 
     name: str
@@ -41,6 +42,7 @@ class MethodSupport:
     key_masks: bool = False
     backward: bool = False
     closed_form: frozenset[str] = frozenset()
+    state: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,7 @@ class NamespaceBackend(Backend):
             key_masks=True,
             backward=True,
             closed_form=frozenset({"full"}),
+            state=True,
         )
         return Capabilities(
             orders=frozenset(range(1, 7)),

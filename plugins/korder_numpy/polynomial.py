@@ -46,7 +46,7 @@ class NumpyPolynomialKernel(PolynomialKernel):
         try:
             return super().forward(operands, save=save, residuals=residuals)
         finally:
-            vars(self._buffers).clear()
+            self.release()
 
     def backward(
         self, operands: Operands, saved: KernelOutput, grads: OutputGradients, *, needs: frozenset[str]
@@ -55,7 +55,11 @@ class NumpyPolynomialKernel(PolynomialKernel):
         try:
             return super().backward(operands, saved, grads, needs=needs)
         finally:
-            vars(self._buffers).clear()
+            self.release()
+
+    def release(self) -> None:
+        """Let go of this thread's buffers."""
+        vars(self._buffers).clear()
 
     def normalise_columns(self, columns: Array, scale: Array) -> Array:
         """Return columns (w, c) over their scales, rows contiguous."""

@@ -33,7 +33,7 @@ class TorchPolynomialKernel(PolynomialKernel):
             with torch.no_grad():
                 return super().forward(operands, save=save, residuals=residuals)
         finally:
-            vars(self._kept).clear()
+            self.release()
 
     def backward(
         self, operands: Operands, saved: KernelOutput, grads: OutputGradients, *, needs: frozenset[str]
@@ -43,7 +43,11 @@ class TorchPolynomialKernel(PolynomialKernel):
             with torch.no_grad():
                 return super().backward(operands, saved, grads, needs=needs)
         finally:
-            vars(self._kept).clear()
+            self.release()
+
+    def release(self) -> None:
+        """Let go of this thread's memory for features."""
+        vars(self._kept).clear()
 
     def features(self, columns: Tensor) -> Tensor:
         """Return the monomials (r, c); for the full mask in memory that the next call overwrites."""
