@@ -328,6 +328,26 @@ def test_threads_share_a_kernel() -> None:
         np.testing.assert_array_equal(found[place], output)
 
 
+@pytest.mark.parametrize("mask", [Window(sizes=(9, 40), align="end"), Ordered(align="start")], ids=lambda m: m.kind)
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+def test_a_tolerance_is_met_under_windows_and_ordered_masks(mask: Mask, backend: str) -> None:
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=(2, n, 5)) for n in (61, 53, 67, 53, 67)]
+    query, *others = arrays if backend == "numpy" else map(torch.from_numpy, arrays)
+    spec = AttentionSpec(order=2, mask=mask, scale=0.1, method=Polynomial(tolerance=1e-3))
+    exact = AttentionSpec(order=2, mask=mask, scale=0.1)
+    result = korder.attend_result(query, others[:2], others[2:], spec=spec, backend=backend)
+    wanted = korder.attend(query, others[:2], others[2:], spec=exact, backend=backend)
+    assert result.provenance is not None
+    assert result.provenance.plan.method == "polynomial"
+    error = np.abs(np.asarray(result.output) - np.asarray(wanted)).max(-1)
+    bound = np.asarray(result.certificate.bound)  # type: ignore[union-attr]
+    assert np.all(error <= bound + 1e-14)
+    first, second = (np.abs(x).max() for x in arrays[3:])
+    assert bound.max() <= 2.1e-3 * 2 * first * second
+
+
 def test_calls_leave_no_memory_behind() -> None:
     rng = np.random.default_rng(0)
     spec = AttentionSpec(order=2, method=Polynomial(degree=4))

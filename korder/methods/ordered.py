@@ -83,7 +83,8 @@ class OrderedRows:
 
     def states(self, start: int, stop: int) -> tuple[list[Array], list[Array]]:
         """Return, for a run of features, the iterated sums (c, rho, e + 1) of each mode, and the block's own part."""
-        kernel, found, totals = self.kernel, [], []
+        kernel, totals = self.kernel, []
+        found: list[Array] = []
         for t, part in enumerate(self.streams):
             if t:
                 before = self.carry(t - 1, start, stop)
@@ -97,7 +98,8 @@ class OrderedRows:
 
     def sizes(self, start: int, stop: int) -> tuple[list[Array], list[Array]]:
         """Return the same of absolute terms, (c, rho) and (rho, 1)."""
-        xp, found, totals = self.kernel.xp, [], []
+        xp, totals = self.kernel.xp, []
+        found: list[Array] = []
         carries = [xp.astype(state[1][None, start:stop, 0], self.kernel.dtype) for state in self.before.states]
         for t, part in enumerate(self.streams):
             terms = xp.permute_dims(xp.abs(part.features[start:stop, :]), (1, 0)) * part.weighted[:, -1:]
