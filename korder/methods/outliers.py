@@ -17,7 +17,7 @@ from korder.methods.factors import Factor, planes
 from korder.methods.readings import prod_arrays
 from korder.methods.sight import TOKENS, live_rows
 from korder.methods.statistics import column_rms, measure, row_bounds, row_centres, row_rms
-from korder.planning.choices import POLYNOMIAL_SHARE, tried_degrees
+from korder.planning.choices import POLYNOMIAL_SHARE, SPLIT_MASKS, tried_degrees
 from korder.problem import OutlierLevel, Problem, ScoreStatistics
 from korder.spi.operands import Operands
 
@@ -108,7 +108,7 @@ def measure_levels(xp: Any, problem: Problem, operands: Operands) -> ScoreStatis
     Cost:  that of `measure` for each threshold that sets other keys aside than the one before.
     """
     whole = measure(xp, problem, operands)
-    if prod((problem.batch, problem.queries, problem.tuples)) == 0:
+    if problem.spec.mask.kind not in SPLIT_MASKS or prod((problem.batch, problem.queries, problem.tuples)) == 0:
         return whole
     sizes = typical_sizes(xp, problem, operands)
     levels = [_level(xp, problem, operands, float("inf"), (0,) * problem.order)]

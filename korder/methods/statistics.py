@@ -252,29 +252,35 @@ def round_outward(x: float, direction: int) -> float:
 def row_rms(xp: Any, problem: Problem, operands: Operands) -> Array | None:
     """Return the root mean square of every row's centred scores, from the keys' second moments; None if too wide.
 
-    Shapes:    (b, h, n), float64; 0 where it is not finite.
+    Shapes:    (b, h, n), float64; 0 where it is not finite. Full and causal masks.
     Cost:      O(n width^2).
     Numerics:  Under a causal mask over what the last row of the block sees.
     """
     if problem.score_width > _WIDEST_GRAM:
         return None
-    sight = Sight.of(problem, operands)
     pieces: dict[tuple[int, int], list[Array]] = {}
+    for place, part in _row_rms(xp, problem, operands):
+        pieces.setdefault(place, []).append(part)
+    return assemble(xp, pieces, problem, device(operands.query))
+
+
+def _rms(xp: Any, problem: Problem, operands: Operands) -> float:
+    """Return the largest root mean square of the rows that are looked at; 0 if too wide."""
+    if problem.score_width > _WIDEST_GRAM:
+        return 0.0
+    return max((float(xp.max(part)) for _, part in _row_rms(xp, problem, operands)), default=0.0)
+
+
+def _row_rms(xp: Any, problem: Problem, operands: Operands) -> Iterator[tuple[tuple[int, int], Array]]:
+    """Yield (batch, head) and the root mean squares of blocks of rows, or under a window of one row of each."""
+    sight = Sight.of(problem, operands)
     for plane in planes(xp, problem, operands):
         for start, stop, gram, mean in _second_moments(xp, sight, plane):
             for head, query in zip(plane.heads, plane.queries, strict=True):
                 columns = problem.scale * xp.astype(query.columns(xp, start, stop), xp.float64)
                 squares = xp.sum(columns * xp.matmul(gram, columns), axis=0) - xp.sum(columns * mean, axis=0) ** 2
                 usable = xp.logical_and(xp.isfinite(squares), squares > 0.0)
-                part = xp.sqrt(xp.where(usable, squares, xp.zeros_like(squares)))
-                pieces.setdefault((plane.batch, head), []).append(part)
-    return assemble(xp, pieces, problem, device(operands.query))
-
-
-def _rms(xp: Any, problem: Problem, operands: Operands) -> float:
-    """Return the largest of `row_rms`; 0 if too wide."""
-    found = row_rms(xp, problem, operands)
-    return float(xp.max(found)) if found is not None and all(found.shape) else 0.0
+                yield (plane.batch, head), xp.sqrt(xp.where(usable, squares, xp.zeros_like(squares)))
 
 
 def _second_moments(xp: Any, sight: Sight, plane: Plane) -> Iterator[tuple[int, int, Array, Array]]:
