@@ -8,7 +8,10 @@ import torch
 
 import korder
 from korder.dispatch import choosing
+from korder.dispatch.arrays import namespace_of_kind
 from korder.methods import outliers
+from korder.methods.exact_certificates import certify_exact
+from korder.spi import KernelOutput, Operands
 
 MASKS = (korder.Full(), korder.Causal())
 
@@ -257,3 +260,21 @@ def test_certificates_hold_for_hard_inputs(split_first, seed):
         np.testing.assert_allclose(result.output, known[0], rtol=1e-4, atol=1e-4)
     else:
         within(result, known)
+
+
+def test_a_bias_that_hides_keys_leaves_the_bounds_of_the_rest():
+    """Under the causal mask the keys set aside are hidden row by row: no row's bias speaks for another's."""
+    rng = np.random.default_rng(4)
+    arrays, values = operands(2, n=9, dtype="float32")
+    biases = (np.where(rng.random((2, 4, 9, 9)) < 0.4, -np.inf, 0.0).astype("float32"), None)
+    biases[0][:, :, 0] = -np.inf  # the first row sees nothing
+    spec = korder.AttentionSpec(order=2, mask=korder.Full())
+    given = {"biases": biases, "key_masks": None}
+    found = korder.attend_result(arrays[0], arrays[1:], values, spec=spec, **given)
+    call = Operands(arrays[0], arrays[1:], values, (None, None), biases)
+    problem = found.provenance.plan.problem
+    certificate = certify_exact(namespace_of_kind("numpy"), problem, call, KernelOutput(found.output, found.lse))
+    known = truth(arrays, values, 2, biases=(biases[0].astype("float64"), None))
+    within(korder.Result(found.output, found.lse, certificate), known)
+    assert (certificate.bound[:, :, 1:] > 0.0).all()
+    assert (certificate.bound[:, :, 0] == 0.0).all()
