@@ -73,7 +73,11 @@ def check_gradients(case: Case, kernel: str, *, seed: int = 0, chunk: int = 4) -
 
 @pytest.mark.parametrize(
     ("order", "variant", "mask"),
-    [each for each in COMBINATIONS if each[0] < 3 or each[2] in ("full", "causal_offsets")],
+    [
+        each
+        for each in COMBINATIONS
+        if (each[0] < 3 or each[2] in ("full", "causal_offsets")) and each[2] not in ("window", "ordered")
+    ],
 )
 def test_gradients(order: int, variant: str, mask: str) -> None:
     check_gradients(polynomial_case(order, variant, mask, degree=3 if order < 3 else 2, scale=0.2), "numpy", seed=order)
