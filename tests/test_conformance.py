@@ -70,9 +70,16 @@ def test_everything_stays_on_the_device_of_the_operands() -> None:
 
 @pytest.mark.parametrize("check", ["gradient.lse", "gradient.operands", "polynomial.output", "polynomial.gradient"])
 def test_strict_namespace_runs_both_methods_forward_and_backward(check: str) -> None:
+    # the walks of full and causal are in those of the others but for the products
+    narrow = {"masks": frozenset({"full", "causal"})}
+    if check == "polynomial.gradient":
+        narrow = {"masks": frozenset({"window", "ordered"}), "weights": frozenset()}
+
     class Narrow(StrictBackend):
         def capabilities(self) -> Capabilities:
-            return replace(super().capabilities(), orders=frozenset({2}), dtypes=frozenset({"float64"}))
+            facts = super().capabilities()
+            methods = tuple(replace(x, **narrow) if x.name == "polynomial" else x for x in facts.methods)
+            return replace(facts, orders=frozenset({2}), dtypes=frozenset({"float64"}), methods=methods)
 
     report = run_conformance(Narrow(), only=check)
     assert not report.failed, report_text(report)
