@@ -1,4 +1,4 @@
-"""One thread of BLAS for each of several test processes: threads that wait by spinning take the cores from each other."""
+"""One thread of BLAS for each of several test processes: threads that wait by spinning take each other's cores."""
 
 from __future__ import annotations
 
