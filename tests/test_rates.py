@@ -13,7 +13,7 @@ from korder.dispatch import rates
 from korder.experiments import calibrate
 from tests.command_line import call
 
-MINE = rates.Rates(exact=1e9, exponentials=1e8, polynomial=2e9, running=3e7, call=1e-4)
+MINE = rates.Rates(exact=1e9, exponentials=1e8, polynomial=2e9, running=3e7, exact_call=1e-4, call=1e-4)
 
 
 @pytest.fixture

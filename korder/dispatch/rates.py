@@ -31,16 +31,20 @@ class Rates:
     """Flop of the polynomial method under the full mask."""
     running: float
     """Flop of the polynomial method where states run along with the rows."""
+    exact_call: float
+    """Seconds of an exact call with no work in it."""
     call: float
-    """Seconds of a call with no work in it, certificates included."""
+    """Seconds of a polynomial call with no work in it, its certificate included."""
 
 
 SHIPPED: Mapping[str, Rates] = {
-    # measured on 2 cores with AVX2 by `korder bench --calibrate`, two digits
-    "numpy": Rates(exact=6.0e10, exponentials=4.0e8, polynomial=2.6e10, running=5.0e8, call=6e-4),
-    "torch": Rates(exact=8.0e10, exponentials=2.0e9, polynomial=2.3e10, running=1.0e9, call=2e-3),
-    "cuda": Rates(exact=1.0e13, exponentials=1.0e12, polynomial=1.0e12, running=1.0e10, call=2e-2),
-    "jax": Rates(exact=5.0e10, exponentials=1.0e9, polynomial=2.0e10, running=1.0e9, call=2e-3),
+    # measured by `korder bench --calibrate` on 2 cores with AVX2, float32
+    "numpy": Rates(exact=1.1e11, exponentials=1.8e8, polynomial=9.0e9, running=1.7e8, exact_call=7e-4, call=8e-3),
+    "torch": Rates(exact=6.8e10, exponentials=1.0e9, polynomial=9.1e9, running=9.7e7, exact_call=1.4e-3, call=2e-2),
+    # not measured: of the order that a call on one H100 took
+    "cuda": Rates(exact=1.0e13, exponentials=1.0e12, polynomial=1.0e12, running=1.0e10, exact_call=1e-3, call=3e-2),
+    # not measured
+    "jax": Rates(exact=5.0e10, exponentials=1.0e9, polynomial=2.0e10, running=1.0e9, exact_call=1e-3, call=5e-3),
 }
 OTHERS = SHIPPED["numpy"]
 """For a backend that nobody measured."""
@@ -91,7 +95,7 @@ def _unreadable(path: Path, got: str) -> SpecError:
     return SpecError(
         f"{path} does not hold machine rates.",
         code="rates-invalid",
-        expected="a JSON object: backend -> exact, exponentials, polynomial, running, call, all positive",
+        expected="a JSON object: backend -> exact, exponentials, polynomial, running, exact_call, call, all positive",
         got=got,
         hint="`korder bench --calibrate` writes it anew; without it the shipped table is used.",
     )
@@ -103,9 +107,8 @@ def predicted_seconds(plan: Plan, backends: tuple[str, ...]) -> float:
     for part, backend in zip(plan.parts or (plan,), backends, strict=True):
         rates, cost = rates_of(backend), part.cost
         if part.polynomial is None:
-            work = cost.flops / rates.exact + cost.exponentials / rates.exponentials
+            total += rates.exact_call + cost.flops / rates.exact + cost.exponentials / rates.exponentials
         else:
             full = part.problem.spec.mask.kind == "full"
-            work = cost.flops / (rates.polynomial if full else rates.running)
-        total += rates.call + work
+            total += rates.call + cost.flops / (rates.polynomial if full else rates.running)
     return total

@@ -51,6 +51,7 @@ def calibrate(progress: Progress | None = None) -> dict[str, Rates]:
 def _rates(backend: str, maker: Callable[[np.ndarray], Any]) -> Rates:
     small = AttentionSpec(order=2, method=Polynomial(degree=2), scale=0.1)
     call, _ = _timed(backend, maker, small, n=8, width=4)
+    exact_call, _ = _timed(backend, maker, AttentionSpec(order=2, method=Exact()), n=8, width=4)
     exact, exact_plan = _timed(backend, maker, AttentionSpec(order=2, method=Exact()), n=240, width=64)
     thin, thin_plan = _timed(backend, maker, AttentionSpec(order=2, method=Exact()), n=160, width=1)
     full = AttentionSpec(order=2, method=Polynomial(degree=4), scale=0.1)
@@ -58,16 +59,17 @@ def _rates(backend: str, maker: Callable[[np.ndarray], Any]) -> Rates:
     causal = AttentionSpec(order=2, method=Polynomial(degree=2), scale=0.1, mask=Causal())
     running, running_plan = _timed(backend, maker, causal, n=512, width=16)
 
-    def rate(work: float, seconds: float) -> float:
-        return float(f"{work / max(seconds - call, 0.1 * seconds):.1e}")
+    def rate(work: float, seconds: float, overhead: float) -> float:
+        return float(f"{work / max(seconds - overhead, 0.1 * seconds):.1e}")
 
-    exponentials = rate(thin_plan.cost.exponentials, thin)
+    exponentials = rate(thin_plan.cost.exponentials, thin, exact_call)
     products = max(exact - exact_plan.cost.exponentials / exponentials, 0.2 * exact)
     return Rates(
-        exact=rate(exact_plan.cost.flops, products),
+        exact=rate(exact_plan.cost.flops, products, exact_call),
         exponentials=exponentials,
-        polynomial=rate(polynomial_plan.cost.flops, polynomial),
-        running=rate(running_plan.cost.flops, running),
+        polynomial=rate(polynomial_plan.cost.flops, polynomial, call),
+        running=rate(running_plan.cost.flops, running, call),
+        exact_call=float(f"{exact_call:.1e}"),
         call=float(f"{call:.1e}"),
     )
 
