@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from korder.dispatch.arrays import (
+    Given,
     array_kind,
     checked_shape,
     dtype_name,
@@ -13,10 +14,9 @@ from korder.dispatch.arrays import (
     namespace_of_kind,
     resolve_spec,
 )
-from korder.dispatch.choosing import run_choice
 from korder.dispatch.registry import BackendStatus, default_registry
 from korder.dispatch.request import as_given, make_request, make_result, measure_request
-from korder.dispatch.run import run
+from korder.dispatch.run import Request, run
 from korder.errors import OperandError, ShapeError
 from korder.methods import merging
 from korder.planning.candidates import candidate_plans
@@ -113,8 +113,15 @@ def attend(
         backend=backend,
     )
     if request.problem.spec.chooses:
-        return run_choice(default_registry(), attend_result, given, request).output
+        return _chosen(given, request).output
     return as_given(given, run(default_registry(), request).output.output)
+
+
+def _chosen(given: Given, request: Request) -> Result:
+    """Return the result of a method that chooses; other calls do not pay for loading what it measures with."""
+    from korder.dispatch.choosing import run_choice
+
+    return run_choice(default_registry(), attend_result, given, request)
 
 
 def _door(query: Array) -> Any:
@@ -179,7 +186,7 @@ def attend_result(
     )
     registry = default_registry()
     if request.problem.spec.chooses:
-        return run_choice(registry, attend_result, given, request)
+        return _chosen(given, request)
     return make_result(registry, given, request, run(registry, request, certify=True))
 
 

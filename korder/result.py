@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from korder.dispatch.select import Rejection
 
 Array = Any
+ROW_FIELDS = ("bound", "approximation", "rounding", "lse_bound", "score_range")
+"""The arrays of a certificate that have an entry for every row."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,8 @@ def operands(order, *, heads=4, groups=2, n=41, width=4, heavy=2, rms=0.25, dtyp
     rng = np.random.default_rng(seed)
     size = rms ** (1.0 / (order + 1))
     query = rng.normal(size=(2, heads, n, width)) * size
-    keys = [rng.normal(size=(2, groups, n + 3 * t, width)) * size for t in range(order)]
-    values = [rng.normal(size=(2, groups, n + 3 * t, 3)) for t in range(order)]
+    keys = [rng.normal(size=(2, groups, n + 2 + 3 * t, width)) * size for t in range(order)]
+    values = [rng.normal(size=(2, groups, n + 2 + 3 * t, 3)) for t in range(order)]
     for t, key in enumerate(keys):
         for b in range(2):
             for g in range(groups):
@@ -266,7 +266,7 @@ def test_a_bias_that_hides_keys_leaves_the_bounds_of_the_rest():
     """Under the causal mask the keys set aside are hidden row by row: no row's bias speaks for another's."""
     rng = np.random.default_rng(4)
     arrays, values = operands(2, n=9, dtype="float32")
-    biases = (np.where(rng.random((2, 4, 9, 9)) < 0.4, -np.inf, 0.0).astype("float32"), None)
+    biases = (np.where(rng.random((2, 4, 9, 11)) < 0.4, -np.inf, 0.0).astype("float32"), None)
     biases[0][:, :, 0] = -np.inf  # the first row sees nothing
     spec = korder.AttentionSpec(order=2, mask=korder.Full())
     given = {"biases": biases, "key_masks": None}

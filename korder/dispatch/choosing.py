@@ -13,8 +13,8 @@ from typing import Any
 from korder.dispatch.arrays import Given, namespace_of_kind, on_host
 from korder.dispatch.rates import predicted_seconds
 from korder.dispatch.registry import Registry
-from korder.dispatch.request import as_given
-from korder.dispatch.run import Request
+from korder.dispatch.request import as_given, certificate_as_given
+from korder.dispatch.run import Request, accuracy_hint
 from korder.dispatch.select import Rejection, select
 from korder.errors import AccuracyError, AccuracyWarning, UnsupportedProblemError
 from korder.methods import merging, outliers
@@ -26,7 +26,7 @@ from korder.planning.exact import exact_plan
 from korder.planning.plan import Plan, SplitPlan
 from korder.planning.polynomial import polynomial_plan
 from korder.problem import Problem
-from korder.result import Provenance, Result
+from korder.result import ROW_FIELDS, Provenance, Result
 from korder.spec import Auto, Exact, Full, Polynomial, Split
 from korder.spi.operands import KernelOutput, Operands
 
@@ -261,14 +261,11 @@ class _Light:
 
 
 def _missed(problem: Problem, tolerance: float, check: ToleranceCheck) -> AccuracyError:
-    hint = 'use method Exact(), on_exceed="exact", a smaller scale, or a larger tolerance.'
-    if check.rounding_alone:
-        hint = f'rounding in {problem.accumulation} alone misses it: use policy precision="float64", or ' + hint[4:]
     return AccuracyError(
         f"polynomial and exact parts together miss tolerance {tolerance:g}.",
         expected=f"approximation and rounding within {tolerance:g} of the value range",
         got=str(check),
-        hint=hint,
+        hint=accuracy_hint(problem, check),
     )
 
 
@@ -277,8 +274,7 @@ def _with_rows(xp: Any, whole: Result, rows: Result, found: Array) -> Result:
     known, other = whole.certificate, rows.certificate
     assert known is not None
     assert other is not None
-    names = ("bound", "approximation", "rounding", "lse_bound", "score_range")
-    joined = {name: outliers.spread_rows(xp, getattr(other, name), found, getattr(known, name)) for name in names}
+    joined = {name: outliers.spread_rows(xp, getattr(other, name), found, getattr(known, name)) for name in ROW_FIELDS}
     return replace(
         whole,
         output=outliers.spread_rows(xp, rows.output, found, whole.output),
@@ -302,6 +298,5 @@ def _as_given(given: Given, result: Result) -> Result:
     """Return a result in the leading axes of the query."""
     certificate = result.certificate
     if certificate is not None:
-        names = ("bound", "approximation", "rounding", "lse_bound", "score_range")
-        certificate = replace(certificate, **{name: as_given(given, getattr(certificate, name)) for name in names})
+        certificate = certificate_as_given(given, certificate)
     return Result(as_given(given, result.output), as_given(given, result.lse), certificate, result.provenance)

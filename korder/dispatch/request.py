@@ -20,7 +20,7 @@ from korder.dispatch.registry import Registry
 from korder.dispatch.run import Outcome, Request
 from korder.errors import OperandError
 from korder.problem import ScoreStatistics, make_problem
-from korder.result import Result
+from korder.result import ROW_FIELDS, Certificate, Result
 from korder.spec import AttentionSpec
 
 Array = Any
@@ -88,13 +88,17 @@ def as_given(given: Given, array: Array) -> Array:
     return namespace_of_kind(given.kind).reshape(array, (*given.shapes.query[:-1], *array.shape[3:]))
 
 
+def certificate_as_given(given: Given, certificate: Certificate) -> Certificate:
+    """Return a certificate in the query's own leading axes."""
+    return replace(certificate, **{name: as_given(given, getattr(certificate, name)) for name in ROW_FIELDS})
+
+
 def make_result(registry: Registry, given: Given, request: Request, outcome: Outcome) -> Result:
     """Return an outcome as the user sees it, with the rows that the method wants to have estimated."""
     certificate = outcome.certificate
     method = request.problem.spec.polynomial
     if certificate is not None and method is not None:
-        shaped = ("bound", "approximation", "rounding", "lse_bound", "score_range")
-        certificate = replace(certificate, **{name: as_given(given, getattr(certificate, name)) for name in shaped})
+        certificate = certificate_as_given(given, certificate)
         if method.estimate_rows:
             measured = rows.estimate(registry, request, outcome.output, method.estimate_rows)
             certificate = replace(certificate, estimate=measured)

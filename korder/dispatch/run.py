@@ -176,12 +176,17 @@ def _exceeded(problem: Problem, best: _Attempt) -> None:
         return
     statistics = problem.statistics
     width = f"; the scores reach {statistics.half_width:g} from their row's centre" if statistics else ""
-    hint = 'use method Exact(), on_exceed="exact", a smaller scale, or a larger tolerance.'
-    if best.check.rounding_alone:
-        hint = f'rounding in {problem.accumulation} alone misses it: use policy precision="float64", or ' + hint[4:]
     raise AccuracyError(
         f"no degree of the polynomial method that is worth its cost meets tolerance {method.tolerance:g}.",
         expected=f"approximation and rounding within {method.tolerance:g} of the value range",
         got=f"{best.plan.name}: {best.check}{width}",
-        hint=hint,
+        hint=accuracy_hint(problem, best.check),
     )
+
+
+def accuracy_hint(problem: Problem, check: ToleranceCheck) -> str:
+    """Return what to do about a tolerance that was missed."""
+    hint = 'use method Exact(), on_exceed="exact", a smaller scale, or a larger tolerance.'
+    if check.rounding_alone:
+        return f'rounding in {problem.accumulation} alone misses it: use policy precision="float64", or ' + hint[4:]
+    return hint

@@ -12,7 +12,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from korder.dispatch.choosing import run_choice
 from korder.dispatch.prepare import Prepared
 from korder.dispatch.registry import default_registry
 from korder.dispatch.request import as_given, make_request, make_result
@@ -121,6 +120,8 @@ def _chooses(spec: AttentionSpec | None, tensors: list[Tensor]) -> bool:
 
 def _chosen(packed: Packed, tensors: list[Tensor]) -> Result:
     """Run a method that chooses; its parts are calls of `attend_result`, recorded like any other."""
+    from korder.dispatch.choosing import run_choice
+
     given, request = make_request(**arguments_of(tensors, packed.text, packed.offsets), measured=False)
     if request.problem.statistics is None:
         plain = make_request(**arguments_of([x.detach() for x in tensors], packed.text, packed.offsets))[1]
