@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 import korder  # noqa: E402
 import korder.torch  # noqa: E402
-from korder import Causal, Polynomial  # noqa: E402
+from korder import Auto, Causal, Ordered, Polynomial, Split, Window  # noqa: E402
 from korder.dispatch.registry import default_registry  # noqa: E402
 from korder.dispatch.request import make_request  # noqa: E402
 from korder.planning.candidates import candidate_plans  # noqa: E402
@@ -102,6 +102,14 @@ def test_numbers_on_a_gpu(options: dict[str, Any], dtype: str) -> None:
 POLYNOMIALS = {
     "polynomial": {"method": Polynomial(degree=4), "spread": 0.5},
     "causal polynomial": {"method": Polynomial(degree=4), "spread": 0.5, "mask": Causal(), "query_offset": 4},
+    "window polynomial": {
+        "method": Polynomial(degree=4),
+        "spread": 0.5,
+        "mask": Window(sizes=(3, 4)),
+        "query_offset": 4,
+    },
+    "ordered polynomial": {"method": Polynomial(degree=4), "spread": 0.5, "mask": Ordered(), "query_offset": 4},
+    "closed form": {"method": Polynomial(degree=4, gradient="closed_form"), "spread": 0.5},
 }
 
 
@@ -155,3 +163,36 @@ def test_a_module_trains_on_a_gpu_under_autocast() -> None:
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+@needs_gpu
+@pytest.mark.parametrize("method", [Split(tolerance=1e-3), Auto(tolerance=1e-3)], ids=["split", "auto"])
+@pytest.mark.parametrize("mask", [korder.Full(), Causal()], ids=["full", "causal"])
+def test_methods_that_choose_are_certified_on_a_gpu(method: Any, mask: Any) -> None:
+    torch.manual_seed(3)
+    query, *rest = (0.5 * torch.randn(2, 300, 4, device="cuda", dtype=torch.float64) for _ in range(5))
+    keys, values = tuple(rest[:2]), tuple(rest[2:])
+    keys[0][:, 7] *= 20.0
+    spec = korder.AttentionSpec(order=2, mask=mask, method=method)
+    found = korder.attend_result(query, keys, values, spec=spec)
+    exact = korder.attend_result(query, keys, values, spec=korder.AttentionSpec(order=2, mask=mask))
+    assert found.output.is_cuda
+    error = (found.output - exact.output).abs().amax(-1)
+    bound = 1e-12 if found.certificate is None else found.certificate.bound  # none where it chose the exact method
+    assert bool((error <= bound).all())
+
+
+@needs_gpu
+@pytest.mark.parametrize("method", [korder.Exact(), Polynomial(degree=4)], ids=["exact", "polynomial"])
+def test_decoding_on_a_gpu(method: Any) -> None:
+    torch.manual_seed(3)
+    query, *rest = (0.5 * torch.randn(2, 30, 4, device="cuda", dtype=torch.float64) for _ in range(5))
+    keys, values = tuple(rest[:2]), tuple(rest[2:])
+    spec = korder.AttentionSpec(order=2, mask=Causal(), method=method)
+    expected = korder.attend(query, keys, values, spec=spec)
+    state = korder.prefill([x[:, :20] for x in keys], [x[:, :20] for x in values], spec)
+    for i in range(20, 30):
+        state = state.append([x[:, i : i + 1] for x in keys], [x[:, i : i + 1] for x in values])
+        torch.testing.assert_close(
+            korder.decode(query[:, i : i + 1], state), expected[:, i : i + 1], rtol=1e-9, atol=1e-12
+        )

@@ -23,6 +23,7 @@ def check_backend(
     only: Annotated[
         str | None, typer.Option("--only", metavar="PATTERN", help='Checks to run, such as "value.*", or "core".')
     ] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, metavar="N", help="Processes that share the checks.")] = 1,
     form: FormatOption = Format.text,
 ) -> None:
     """Check a backend against the numbered behaviours of the contract, as far as it claims them."""
@@ -35,7 +36,7 @@ def check_backend(
             _check_writable(file)
         with TerminalProgress(form) as progress:
             progress.stage(f"checking {name}")
-            report = run_conformance(backend, depth="full" if full else "quick", only=only)
+            report = run_conformance(backend, depth="full" if full else "quick", only=only, workers=workers)
         if not report.endings:
             raise SpecError(
                 "no check is called that.",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from korder.conformance.arrays import FromArray, ToArray
+from korder.conformance.attempts import Reasons, ask, collect
 from korder.conformance.levels import Item
 from korder.conformance.records import RefusedError, UnverifiedError
-from korder.conformance.run import Reasons, ask, collect
 from korder.errors import ConformanceFailure
 from korder.spi import Backend
 

@@ -1,20 +1,17 @@
-"""Runs the kit on a backend: every item ends in one status, and what a check raises never stops the others."""
+"""Runs the kit on a backend, in this process or shared out between several."""
 
 from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Callable
 
 from korder import __version__
 from korder.conformance.arrays import FromArray, ToArray
-from korder.conformance.levels import CHECKS, DEPTHS, Item, items, subjects
-from korder.conformance.records import KIT_VERSION, Check, Ending, RefusedError, Report, UnverifiedError
-from korder.errors import ConformanceFailure, SpecError
-from korder.spi import Availability, Backend
-
-Reasons = Mapping[str, str]
+from korder.conformance.attempts import Found, Reasons, ask, collect, finish
+from korder.conformance.records import KIT_VERSION, Ending, Report
+from korder.conformance.workers import Request, check_workers, shared_endings
+from korder.spi import Backend
 
 
 def run_conformance(
@@ -26,6 +23,7 @@ def run_conformance(
     to_array: ToArray | None = None,
     from_array: FromArray | None = None,
     on_item: Callable[[Ending], None] | None = None,
+    workers: int = 1,
 ) -> Report:
     """Run every check on what a backend claims, and return the report.
 
@@ -38,24 +36,26 @@ def run_conformance(
         to_array: Makes arrays of the backend's kind: (numpy array, dtype name, device).
         from_array: Reads them back into numpy.
         on_item: Told every ending as it comes.
+        workers: Processes that share the items; above 1 the backend must be registered. `seconds` of an item is then
+            time beside the others.
 
     Raises:
-        SpecError: An unknown depth, or an expected failure that is no item of this backend.
+        SpecError: An unknown depth, an expected failure that is no item of this backend, or workers that could
+            not find it.
 
     Example:
         >>> from korder.dispatch.registry import default_registry
         >>> run_conformance(default_registry().get("numpy"), only="contract.name").failed
         ()
     """
+    check_workers(backend, workers, to_array is not None or from_array is not None)
     started = time.perf_counter()
     found = collect(backend, depth, expected_failures, only=only, to_array=to_array, from_array=from_array)
-    answer = ask(backend)
-    endings = []
-    for item, reason in found:
-        ending = finish(item, answer, reason)
-        endings.append(ending)
-        if on_item is not None:
-            on_item(ending)
+    if workers == 1:
+        endings = _endings(backend, found, on_item)
+    else:
+        request = Request(backend.name, depth, dict(expected_failures or {}), only)
+        endings = shared_endings(found, request, workers, on_item)
     return Report(
         backend=backend.name,
         kit_version=KIT_VERSION,
@@ -64,82 +64,15 @@ def run_conformance(
         places=tuple(dict.fromkeys(f"{item.subject.arrays.kind} on {item.subject.arrays.device}" for item, _ in found)),
         machine=f"{platform.machine()} {platform.system()}, python {platform.python_version()}",
         seconds=time.perf_counter() - started,
-        endings=tuple(endings),
+        endings=endings,
     )
 
 
-def collect(
-    backend: Backend,
-    depth: str,
-    expected_failures: Reasons | None,
-    *,
-    only: str | None = None,
-    checks: tuple[Check, ...] = CHECKS,
-    to_array: ToArray | None = None,
-    from_array: FromArray | None = None,
-) -> list[tuple[Item, str | None]]:
-    """Return the items of a backend, each with the reason why it is expected to fail, None where it is not.
-
-    Raises:
-        SpecError: As `run_conformance`.
-    """
-    if depth not in DEPTHS:
-        raise SpecError("unknown depth of the conformance kit.", expected=" or ".join(DEPTHS), got=repr(depth))
-    expected = dict(expected_failures or {})
-    places = subjects(backend, depth, to_array=to_array, from_array=from_array)
-    found = [(item, expected.get(item.id, expected.get(item.check.id))) for item in items(places, checks)]
-    known = {item.id for item, _ in found} | {item.check.id for item, _ in found}
-    unknown = sorted(set(expected) - known)
-    if unknown:
-        raise SpecError(
-            "an expected failure is none of the checks of this backend.",
-            code="expected-failure-unknown",
-            expected="ids as the report prints them, or ids of checks",
-            got=", ".join(unknown),
-        )
-    silent = sorted(name for name, reason in expected.items() if not reason)
-    if silent:
-        raise SpecError("an expected failure needs its reason.", expected="a reason", got=f"none for {silent[0]!r}")
-    return [pair for pair in found if only is None or _chosen(pair[0], only)]
-
-
-def _chosen(item: Item, only: str) -> bool:
-    return only == item.check.level or fnmatchcase(item.check.id, only) or item.id == only
-
-
-def ask(backend: Backend) -> Availability:
-    """Return what a backend says of its availability; one that raises is not available."""
-    try:
-        return backend.availability()
-    except Exception as error:
-        return Availability.no(f"availability() raised {type(error).__name__}: {error}")
-
-
-def attempt(item: Item, answer: Availability) -> tuple[str, str]:
-    """Return the status of an item, as if nothing were expected of it, and the message."""
-    try:
-        if not item.check.static and not answer.available:
-            raise UnverifiedError(f"not available: {answer.reason}")
-        item.run()
-    except UnverifiedError as reason:
-        return "unverified", str(reason)
-    except RefusedError as reason:
-        return "refused", str(reason)
-    except ConformanceFailure as failure:
-        return "failed", str(failure)
-    except Exception as error:  # a kernel that raises fails its check, and no other
-        return "failed", f"{type(error).__name__}: {error}"
-    return "passed", ""
-
-
-def finish(item: Item, answer: Availability, reason: str | None = None) -> Ending:
-    """Run one item; a reason makes its failure expected, and its passing a failure."""
-    started = time.perf_counter()
-    status, message = attempt(item, answer)
-    if reason is not None and status == "failed":
-        status, message = "expected", f"{reason} ({message.splitlines()[0]})"
-    elif reason is not None and status in ("passed", "refused"):
-        status, message = "failed", f"passes, but was expected to fail: {reason}"
-    seconds = time.perf_counter() - started
-    check = item.check
-    return Ending(item.id, check.number, check.level, status, seconds, message, check.static)
+def _endings(backend: Backend, found: Found, on_item: Callable[[Ending], None] | None) -> tuple[Ending, ...]:
+    answer = ask(backend)
+    endings = []
+    for item, reason in found:
+        endings.append(finish(item, answer, reason))
+        if on_item is not None:
+            on_item(endings[-1])
+    return tuple(endings)
