@@ -57,7 +57,7 @@ def run_choice(registry: Registry, attend_result: Attend, given: Given, request:
         AccuracyError: The choice misses the tolerance and the method says to raise.
     """
     candidates, rejected = ranked(registry, request.problem, request.array_kind, request.backend)
-    call = _Call(attend_result, request, candidates, tuple(rejected))
+    call = Choice(attend_result, request, tuple(candidates), tuple(rejected))
     best, method = candidates[0], request.problem.spec.method
     notes: tuple[str, ...] = ()
     try:
@@ -100,12 +100,12 @@ def ranked(
 
 
 @dataclass(frozen=True, slots=True)
-class _Call:
-    """What the parts of one call have in common."""
+class Choice:
+    """One call and the candidates for it, any of which it runs."""
 
     attend_result: Attend
     request: Request
-    candidates: list[Candidate]
+    candidates: tuple[Candidate, ...]
     rejected: tuple[Rejection, ...]
 
     def run(self, candidate: Candidate) -> Result:

@@ -14,6 +14,7 @@ from korder.errors import BackendUnavailableError, SpecError, UnsupportedProblem
 from korder.experiments import benchmark_rows, benchmark_torch
 from korder.experiments.benchmark_cases import Disagreement
 from korder.experiments.benchmark_figures import Measured, Settings
+from korder.experiments.benchmark_polynomial import LONG_ROWS
 from korder.experiments.machine import busy_warning, describe_machine
 from korder.experiments.progress import Progress
 from korder.experiments.results import publish
@@ -76,14 +77,14 @@ def run_benchmark(run: BenchmarkRun, progress: Progress | None = None) -> Benchm
 def _table(backend: str) -> Table:
     """The rows of a backend, which is one that can run here."""
     if backend == "auto":
-        return benchmark_rows.ROWS
+        return {**benchmark_rows.ROWS, **LONG_ROWS}
     registry = default_registry()
     answer = registry.availability(registry.get(backend))
     if not answer.available:
         raise BackendUnavailableError(
             f"backend {backend!r} cannot run here.", got=answer.reason, hint=answer.remedy or None
         )
-    return TABLES.get(backend, benchmark_rows.ROWS)
+    return {**TABLES.get(backend, benchmark_rows.ROWS), **LONG_ROWS}
 
 
 def _chosen(names: tuple[str, ...] | None, table: Table) -> tuple[str, ...]:
@@ -100,7 +101,7 @@ def _chosen(names: tuple[str, ...] | None, table: Table) -> tuple[str, ...]:
                 got=name,
                 hint=hint or (f"did you mean {near[0]!r}?" if near else None),
             )
-    return names or known
+    return names or tuple(name for name in known if name not in LONG_ROWS)
 
 
 def _row(name: str, measure: Callable[[Settings], Measured], settings: Settings) -> Row:

@@ -75,14 +75,14 @@ def make_case(
     none = (None,) * spec.order
     operands = Operands(query, keys, values, none, none, key_offsets=(0,) * spec.order)
     shapes = Shapes(query.shape, tuple(key.shape for key in keys), tuple(value.shape for value in values))
-    kind, device = _place_of(backend)
+    kind, device = place_of(backend)
     problem = make_problem(spec, shapes, dtype, device)
     prepared = prepare(default_registry(), problem, kind, backend)  # before a framework is imported that is not there
-    place: Callable[[FloatArray], Any] = lambda array: _placed(array, kind, device)  # noqa: E731
+    place: Callable[[FloatArray], Any] = lambda array: placed(array, kind, device)  # noqa: E731
     return Case(with_arrays(operands, place), prepared, place(draw()))
 
 
-def _place_of(backend: str) -> tuple[str, str]:
+def place_of(backend: str) -> tuple[str, str]:
     """Return the array kind and the device of a backend's cases: NumPy's and the CPU where it takes them."""
     if backend == "auto":
         return "numpy", "cpu"
@@ -97,7 +97,8 @@ def with_arrays(operands: Operands, change: Callable[[Any], Any]) -> Operands:
     return replace(operands, query=change(operands.query), keys=keys, values=values)
 
 
-def _placed(array: FloatArray, kind: str, device: str) -> Any:
+def placed(array: FloatArray, kind: str, device: str) -> Any:
+    """Return an array of a kind, on a device."""
     if kind == "numpy":
         return array
     made = namespace_of_kind(kind).asarray(array)

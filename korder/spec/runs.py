@@ -172,7 +172,7 @@ class BenchmarkRun(SpecModel):
     kind: Literal["benchmark"]
     """What the file describes."""
     rows: tuple[str, ...] | None = None
-    """Names of the rows to measure; all when omitted."""
+    """Names of the rows to measure; when omitted, all that take seconds."""
     repeats: Annotated[int, Field(ge=1, le=100, strict=True)] = 5
     """Runs of which the median is reported."""
     quick: Annotated[bool, Field(strict=True)] = False
