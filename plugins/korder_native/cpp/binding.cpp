@@ -140,8 +140,8 @@ NB_MODULE(_native, m) {
         .def("forward", [](const Table& table, const Call& call) { run(table, call, false); })
         .def("backward", [](const Table& table, const Call& call) { run(table, call, true); })
         .def("largest", &largest)
-        .def("power_of_two", [](const Table& table, bool wide, Address numbers, std::int64_t count) {
-            table.power_of_two(wide, reinterpret_cast<void*>(numbers), count);
+        .def("exponential", [](const Table& table, bool wide, Address numbers, std::int64_t count) {
+            table.exponential(wide, reinterpret_cast<void*>(numbers), count);
         });
 
     m.def("kernels", &table_of, nb::rv_policy::reference);

@@ -101,6 +101,7 @@ struct ThreadMemory {
     Real* scratch;
     OuterMemory<Real> outer;
     Real* queries;  // [tiles][width][lanes]
+    Real* folded;   // [width][lanes]
     Real* scores;   // [rows][pitch]
     Real* extra;    // the same: key masks and biases of the contracted mode
     RowState<Real> state;
@@ -109,6 +110,7 @@ struct ThreadMemory {
         : scratch(arena.take<Real>(Sizes<Real>::panel * greater(call.width, plan.padded))),
           outer(arena, call),
           queries(arena.take<Real>(plan.tiles * call.width * Sizes<Real>::lanes)),
+          folded(arena.take<Real>(call.width * Sizes<Real>::lanes)),
           scores(arena.take<Real>(plan.rows * Sizes<Real>::pitch)),
           extra(arena.take<Real>(plan.rows * Sizes<Real>::pitch)),
           state(arena, plan.tiles * plan.rows, plan.padded) {}
@@ -125,7 +127,7 @@ bool make_extra(const Call& call, std::int64_t b, std::int64_t h, std::int64_t r
         Real* at = extra + r * pitch;
         const std::int64_t i = row + lesser(r, count - 1);
         if (mode.bias.data)
-            read_scaled(call.number, mode.bias, place(mode.bias, b, h, i) + start * mode.bias.column, length, log2_e, at);
+            read_row(call.number, mode.bias, place(mode.bias, b, h, i) + start * mode.bias.column, length, at);
         else
             clear(at, length);
         for (std::int64_t j = 0; mode.mask.data && j < length; ++j)
@@ -175,6 +177,7 @@ public:
             Arena thread(memory + (plan_.by_head ? plan_.threads : 1) * head_bytes_ + member.thread * thread_bytes_);
             const HeadMemory<Real> of_head(head, call_, plan_);
             const ThreadMemory<Real> mine(thread, call_, plan_);
+            mine.outer.start(call_);
             if (plan_.by_head) {
                 for (std::int64_t at = member.next(); at < heads; at = member.next())
                     attend(at / call_.groups, at % call_.groups, of_head, mine, Member{0, 1, nullptr});
@@ -253,7 +256,7 @@ private:
         if (start == 0) state.start(item.count, plan_.padded);
         for (std::int64_t row = 0; row < item.count; row += rows)
             read_tile(call_, call_.query, call_.width, b, item.head, item.row + row, lesser(rows, item.count - row),
-                      call_.scale * log2_e, mine.scratch, mine.queries + row / rows * call_.width * Sizes<Real>::lanes);
+                      call_.scale, mine.scratch, mine.queries + row / rows * call_.width * Sizes<Real>::lanes);
         const std::int64_t last = lesser(plan_.chunk, call_.contracted().length - start);
         for (std::int64_t first = 0; first < last; first += plan_.block)
             for (std::int64_t row = 0; row < item.count; row += rows)
@@ -270,19 +273,19 @@ private:
         const std::int64_t count = lesser(rows, item.count - row), i = item.row + row;
         Sight<Shape::rows> sight;
         sight.look(call_, i, count);
-        OuterMemory<Real> outer = mine.outer;
-        outer.folded[0] = mine.queries + row / rows * call_.width * Sizes<Real>::lanes;
-        OuterWalk<Real> walk(call_, sight, outer, b, item.head, i);
+        OuterWalk<Real, Shape::rows> walk(call_, sight, mine.outer, {b, item.head, i, count});
         const bool extra = make_extra(call_, b, item.head, i, count, block.first, block.last - block.first, mine.extra);
+        const Real* queries = mine.queries + row / rows * call_.width * Sizes<Real>::lanes;
         const Real* panels = head.panels + (block.first - start) * call_.width;
         const Real* columns = head.columns + (block.first - start) * Sizes<Real>::column;
         const std::int64_t share = pieces(call_.outer() ? call_.modes[0].length : 1, plan_.parts);
         walk.run(Span{item.part * share, (item.part + 1) * share}, [&] {
             Span spans[rows];
-            const Span whole = spans_of(sight, walk.tuple, block, spans);
+            const Span whole = walk.spans(block, spans);
             if (whole.first >= whole.last) return;
             const int level = call_.outer();
-            const Step step{outer.folded[level], outer.gate[level], panels, columns, walk.tuple.bias[level],
+            const Real* folded = fold_tile(queries, mine.outer.keys[level], call_.width, mine.folded);
+            const Step step{folded, mine.outer.gate[level], panels, columns, walk.tuple.bias[level],
                             extra ? mine.extra : nullptr, mine.scores, spans, whole};
             if (count == 1)
                 absorb<1>(step, state);
@@ -291,25 +294,6 @@ private:
             else
                 absorb<rows>(step, state);
         });
-    }
-
-    // The live keys of every row, counted from the start of the block, and the panels that hold them.
-    Span spans_of(const Sight<Shape::rows>& sight, const OuterTuple<Real>& tuple, Span block, Span* spans) const {
-        constexpr std::int64_t panel = Sizes<Real>::panel;
-        const int level = call_.outer();
-        const Span chain = between_outer(call_, tuple.keys);
-        Span whole{INT64_MAX, 0};
-        for (int r = 0; r < rows; ++r) {
-            const Span seen = sight.spans[level][r];
-            Span span{greater(greater(seen.first, chain.first), block.first) - block.first,
-                      lesser(lesser(seen.last, chain.last), block.last) - block.first};
-            if (!tuple.live[level][r] || span.first >= span.last) span = Span{0, 0};
-            spans[r] = span;
-            if (span.last == 0) continue;
-            whole.first = lesser(whole.first, span.first), whole.last = greater(whole.last, span.last);
-        }
-        if (whole.first >= whole.last) return Span{0, 0};
-        return Span{whole.first / panel * panel, rounded(whole.last, panel)};
     }
 
     struct Step {
@@ -337,7 +321,7 @@ private:
             reference[r] = empty ? Real(0) : top - step.bias[r];
             state.top[r] = top;
         }
-        for (int r = 0; r < lanes; r += width) store(rescale + r, power_of_two<Real>(load(rescale + r)));
+        for (int r = 0; r < lanes; r += width) store(rescale + r, exponential<Real>(load(rescale + r)));
         for (int r = 0; r < Rows; ++r)
             state.total[r] = state.total[r] * rescale[r] + exponentiate(step.scores + r * pitch, first, last, reference[r]);
         if (step.gate)
@@ -359,7 +343,7 @@ private:
         }
         const double share = 1 / total;
         for (std::int64_t c = 0; c < call_.value_width; ++c) output[c] = Real(weighted[c] * share);
-        *lse = Real((double(top) + __builtin_log2(total)) * ln_2);
+        *lse = Real(double(top) + __builtin_log(total));
     }
 
     // Joins the parts of every row, and finishes it.
@@ -376,8 +360,8 @@ private:
     void merge(const RowState<Real>& into, const RowState<Real>& other) const {
         if (!(*other.total > 0)) return;
         const Real top = *into.top > *other.top ? *into.top : *other.top;
-        const double left = *into.total > 0 ? __builtin_exp2(double(*into.top) - double(top)) : 0;
-        const double right = __builtin_exp2(double(*other.top) - double(top));
+        const double left = *into.total > 0 ? __builtin_exp(double(*into.top) - double(top)) : 0;
+        const double right = __builtin_exp(double(*other.top) - double(top));
         for (std::int64_t c = 0; c < plan_.padded; ++c)
             into.weighted[c] = Real(left * double(into.weighted[c]) + right * double(other.weighted[c]));
         *into.total = left * *into.total + right * *other.total;

@@ -38,22 +38,22 @@ double largest(const Call& call, const Mode& mode, const Operand& x, void* row) 
 }
 
 template <class Real>
-void power_in_place(Real* numbers, std::int64_t count) {
+void exponential_in_place(Real* numbers, std::int64_t count) {
     constexpr int width = Vector<Real>::width;
     for (std::int64_t i = 0; i < count; i += width) {
         Real lanes[width] = {};
         const std::int64_t here = lesser(width, count - i);
         for (std::int64_t j = 0; j < here; ++j) lanes[j] = numbers[i + j];
-        store(lanes, power_of_two<Real>(load(lanes)));
+        store(lanes, exponential<Real>(load(lanes)));
         for (std::int64_t j = 0; j < here; ++j) numbers[i + j] = lanes[j];
     }
 }
 
-void power(bool wide, void* numbers, std::int64_t count) {
+void exponential_of(bool wide, void* numbers, std::int64_t count) {
     if (wide)
-        power_in_place(static_cast<double*>(numbers), count);
+        exponential_in_place(static_cast<double*>(numbers), count);
     else
-        power_in_place(static_cast<float*>(numbers), count);
+        exponential_in_place(static_cast<float*>(numbers), count);
 }
 
 }  // namespace
@@ -63,6 +63,6 @@ void power(bool wide, void* numbers, std::int64_t count) {
 
 extern const Table table;
 const Table table = {KORDER_TEXT(KORDER_ISA), KORDER_VECTOR_BYTES, forward_bytes, forward, backward_bytes,
-                     backward, largest, power};
+                     backward, largest, exponential_of};
 
 }  // namespace korder::KORDER_ISA

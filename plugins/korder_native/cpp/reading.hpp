@@ -58,12 +58,11 @@ KORDER_INLINE bool is_open(const Mode& mode, std::int64_t b, std::int64_t g, std
     return static_cast<const std::uint8_t*>(mode.mask.data)[b * mode.mask.batch + g * mode.mask.head + j * mode.mask.column];
 }
 
-// One number of a bias, in units of the scores.
 template <class Real>
 KORDER_INLINE Real bias_at(const Call& call, const Mode& mode, std::int64_t b, std::int64_t h, std::int64_t i,
-                           std::int64_t j, double factor) {
+                           std::int64_t j) {
     Real found;
-    read_scaled(call.number, mode.bias, place(mode.bias, b, h, i) + j * mode.bias.column, 1, factor, &found);
+    read_row(call.number, mode.bias, place(mode.bias, b, h, i) + j * mode.bias.column, 1, &found);
     return found;
 }
 
@@ -77,7 +76,5 @@ KORDER_INLINE std::int64_t greater(std::int64_t x, std::int64_t y) { return x > 
 KORDER_INLINE std::int64_t pieces(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
 KORDER_INLINE std::int64_t rounded(std::int64_t count, std::int64_t size) { return pieces(count, size) * size; }
 
-constexpr double log2_e = 1.44269504088896340736;
-constexpr double ln_2 = 0.693147180559945309417;
 
 }  // namespace korder::KORDER_ISA

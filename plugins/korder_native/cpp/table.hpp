@@ -20,7 +20,7 @@ struct Table {
     std::int64_t (*backward_bytes)(const Call&);
     void (*backward)(const Call&, char* memory);
     double (*largest)(const Call&, const Mode&, const Operand&, void* row);
-    void (*power_of_two)(bool wide, void* numbers, std::int64_t count);
+    void (*exponential)(bool wide, void* numbers, std::int64_t count);
 };
 
 // The best instruction set that this processor has, or the one that is named; null if there is none such here.

@@ -54,7 +54,7 @@ KORDER_INLINE Real largest_in(const Real* scores, std::int64_t first, std::int64
     return largest_of<Real>(tops[0]);
 }
 
-// scores become powers of two of (score - reference); the sum is returned.
+// scores become exp(score - reference); the sum is returned.
 template <class Real>
 KORDER_INLINE Real exponentiate(Real* scores, std::int64_t first, std::int64_t last, Real reference) {
     constexpr int width = Vector<Real>::width;
@@ -62,7 +62,7 @@ KORDER_INLINE Real exponentiate(Real* scores, std::int64_t first, std::int64_t l
     for (std::int64_t j = first; j < last; j += Sizes<Real>::panel)
 #pragma GCC unroll 4
         for (int c = 0; c < Shape::keys; ++c) {
-            const vec<Real> weight = power_of_two<Real>(load(scores + j + c * width) - reference);
+            const vec<Real> weight = exponential<Real>(load(scores + j + c * width) - reference);
             store(scores + j + c * width, weight);
             sums[c] += weight;
         }
