@@ -5,16 +5,14 @@
 // are kept between, and joined at the end in a fixed order.
 #pragma once
 
-#include <omp.h>
-
 #include "outer.hpp"
+#include "rows.hpp"
+#include "team.hpp"
 #include "tile.hpp"
 
 namespace korder::KORDER_ISA {
 
-constexpr std::int64_t chunk_bytes = 4 << 20;   // of packed keys and values
-constexpr std::int64_t block_bytes = 256 << 10;  // of those, what stays in the cache next to a core
-constexpr double work_of_a_thread = 1 << 20;     // multiplications below which another thread does not pay
+constexpr std::int64_t block_bytes = 256 << 10;  // of packed keys and values, what stays in the cache next to a core
 
 template <class Real>
 struct ForwardPlan {
@@ -37,24 +35,17 @@ struct ForwardPlan {
         const std::int64_t most = lesser(greater(block_bytes / row / panel, 1) * panel, Sizes<Real>::keys);
         block = rounded(pieces(chunk, pieces(chunk, most)), panel);
 
-        double tuples = 1;
-        for (int t = 0; t < call.outer(); ++t) tuples *= double(call.modes[t].length);
-        threads = int(greater(1, lesser(call.threads, std::int64_t(work(call, tuples) / work_of_a_thread))));
+        threads = threads_for(call, 1.0);
         const std::int64_t heads = call.batch * call.groups;
         by_head = threads == 1 || heads >= 4 * threads;
         // tiles of an item share a block of keys while it is in the cache, unless outer keys do that already
-        tiles = tuples >= 16 ? 1 : 8;
+        tiles = outer_tuples(call) >= 16 ? 1 : 8;
         const std::int64_t enough = by_head ? 1 : 4 * threads;
         while (tiles > 1 && call.share() * pieces(call.queries, tiles * rows) < enough) tiles /= 2;
         items = pieces(call.queries, tiles * rows);
         parts = 1;
         if (!by_head && call.share() * items < threads && call.outer() > 0)
             parts = greater(1, lesser(call.modes[0].length, pieces(2 * threads, greater(1, call.share() * items))));
-    }
-
-    static double work(const Call& call, double tuples) {
-        return double(call.batch * call.heads) * double(call.queries) * tuples * double(call.contracted().length) *
-               double(call.width + call.value_width);
     }
 
     bool keeps(const Call& call) const { return parts > 1 || chunk < call.contracted().length; }
@@ -116,41 +107,6 @@ struct ThreadMemory {
           state(arena, plan.tiles * plan.rows, plan.padded) {}
 };
 
-// The contracted mode's own additions to the scores of a tile: -inf for masked keys, and its biases.
-template <class Real>
-bool make_extra(const Call& call, std::int64_t b, std::int64_t h, std::int64_t row, std::int64_t count,
-                std::int64_t start, std::int64_t length, Real* extra) {
-    constexpr int pitch = Sizes<Real>::pitch;
-    const Mode& mode = call.contracted();
-    if (!mode.mask.data && !mode.bias.data) return false;
-    for (int r = 0; r < Shape::rows; ++r) {
-        Real* at = extra + r * pitch;
-        const std::int64_t i = row + lesser(r, count - 1);
-        if (mode.bias.data)
-            read_row(call.number, mode.bias, place(mode.bias, b, h, i) + start * mode.bias.column, length, at);
-        else
-            clear(at, length);
-        for (std::int64_t j = 0; mode.mask.data && j < length; ++j)
-            if (!is_open(mode, b, h / call.share(), start + j)) at[j] = -Real(__builtin_inff());
-        clear(at + length, rounded(length, Sizes<Real>::panel) - length);
-    }
-    return true;
-}
-
-// Queries of a tile as its products read them, [width][lanes], times a factor; rows that are not there are zeros.
-template <class Real>
-void read_tile(const Call& call, const Matrix& from, std::int64_t width, std::int64_t b, std::int64_t h, std::int64_t row,
-               std::int64_t count, double factor, Real* scratch, Real* to) {
-    constexpr int lanes = Sizes<Real>::lanes;
-    for (int r = 0; r < lanes; ++r) {
-        if (r < count)
-            read_scaled(call.number, from, place(from, b, h, row + r), width, factor, scratch);
-        else
-            clear(scratch, width);
-        for (std::int64_t l = 0; l < width; ++l) to[l * lanes + r] = scratch[l];
-    }
-}
-
 template <class Real>
 class Forward {
 public:
@@ -172,60 +128,44 @@ public:
         const std::int64_t heads = call_.batch * call_.groups;
 #pragma omp parallel num_threads(plan_.threads)
         {
-            const Member member{omp_get_thread_num(), omp_get_num_threads(), &counter};
-            Arena head(memory + (plan_.by_head ? member.thread * head_bytes_ : 0));
-            Arena thread(memory + (plan_.by_head ? plan_.threads : 1) * head_bytes_ + member.thread * thread_bytes_);
+            const Team team{omp_get_thread_num(), omp_get_num_threads(), &counter};
+            Arena head(memory + (plan_.by_head ? team.thread * head_bytes_ : 0));
+            Arena thread(memory + (plan_.by_head ? plan_.threads : 1) * head_bytes_ + team.thread * thread_bytes_);
             const HeadMemory<Real> of_head(head, call_, plan_);
             const ThreadMemory<Real> mine(thread, call_, plan_);
             mine.outer.start(call_);
             if (plan_.by_head) {
-                for (std::int64_t at = member.next(); at < heads; at = member.next())
-                    attend(at / call_.groups, at % call_.groups, of_head, mine, Member{0, 1, nullptr});
+                for (std::int64_t at = team.next(); at < heads; at = team.next())
+                    attend(at / call_.groups, at % call_.groups, of_head, mine, Team{0, 1, nullptr});
             } else {
                 for (std::int64_t at = 0; at < heads; ++at)
-                    attend(at / call_.groups, at % call_.groups, of_head, mine, member);
+                    attend(at / call_.groups, at % call_.groups, of_head, mine, team);
             }
         }
     }
 
 private:
-    // One of the threads that work on a head together.
-    struct Member {
-        int thread, count;
-        std::int64_t* counter;
-
-        std::int64_t next() const { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
-
-        // After it everybody sees what everybody wrote, and the counter starts again.
-        void meet() const {
-            if (count == 1) return;
-#pragma omp barrier
-            if (thread == 0) __atomic_store_n(counter, 0, __ATOMIC_RELAXED);
-#pragma omp barrier
-        }
-    };
-
     struct Item {
         std::int64_t head, row, count, part;
     };
 
     void attend(std::int64_t b, std::int64_t g, const HeadMemory<Real>& head, const ThreadMemory<Real>& mine,
-                const Member& member) const {
+                const Team& team) const {
         const std::int64_t length = call_.contracted().length;
         const std::int64_t items = call_.share() * plan_.items * plan_.parts;
         std::int64_t start = 0;
         do {
-            pack(b, g, start, head, mine, member);
-            member.meet();
+            pack(b, g, start, head, mine, team);
+            team.meet();
             std::int64_t alone = 0;
-            const auto next = [&] { return member.count == 1 ? alone++ : member.next(); };
+            const auto next = [&] { return team.count == 1 ? alone++ : team.next(); };
             for (std::int64_t at = next(); at < items; at = next())
                 attend_item(b, item_of(g, items - 1 - at), start, head, mine);  // under a mask the last ones take longest
-            member.meet();
+            team.meet();
             start += plan_.chunk;
         } while (start < length);
-        if (plan_.keeps(call_)) join(b, g, head.kept, member);
-        if (plan_.keeps(call_)) member.meet();
+        if (plan_.keeps(call_)) join(b, g, head.kept, team);
+        if (plan_.keeps(call_)) team.meet();
     }
 
     Item item_of(std::int64_t g, std::int64_t index) const {
@@ -236,12 +176,12 @@ private:
     }
 
     void pack(std::int64_t b, std::int64_t g, std::int64_t start, const HeadMemory<Real>& head,
-              const ThreadMemory<Real>& mine, const Member& member) const {
+              const ThreadMemory<Real>& mine, const Team& team) const {
         constexpr std::int64_t panel = Sizes<Real>::panel;
         const Mode& mode = call_.contracted();
         const Rows keys{call_, mode, mode.keys, call_.width, b, g};
         const Rows values{call_, mode, mode.values, call_.value_width, b, g};
-        for (std::int64_t p = member.thread * panel; p < plan_.chunk; p += member.count * panel) {
+        for (std::int64_t p = team.thread * panel; p < plan_.chunk; p += team.count * panel) {
             pack_panel(keys, start + p, mine.scratch, head.panels + p * call_.width);
             pack_columns(values, start, start + p, start + p + panel, plan_.chunk, mine.scratch, head.columns);
         }
@@ -254,9 +194,8 @@ private:
             state = head.kept.from((item.part * call_.share() + item.head % call_.share()) * call_.queries + item.row,
                                    plan_.padded);
         if (start == 0) state.start(item.count, plan_.padded);
-        for (std::int64_t row = 0; row < item.count; row += rows)
-            read_tile(call_, call_.query, call_.width, b, item.head, item.row + row, lesser(rows, item.count - row),
-                      call_.scale, mine.scratch, mine.queries + row / rows * call_.width * Sizes<Real>::lanes);
+        read_tiles(call_, call_.query, call_.width, {b, item.head, item.row, item.count}, call_.scale, mine.scratch,
+                   mine.queries);
         const std::int64_t last = lesser(plan_.chunk, call_.contracted().length - start);
         for (std::int64_t first = 0; first < last; first += plan_.block)
             for (std::int64_t row = 0; row < item.count; row += rows)
@@ -273,8 +212,9 @@ private:
         const std::int64_t count = lesser(rows, item.count - row), i = item.row + row;
         Sight<Shape::rows> sight;
         sight.look(call_, i, count);
-        OuterWalk<Real, Shape::rows> walk(call_, sight, mine.outer, {b, item.head, i, count});
-        const bool extra = make_extra(call_, b, item.head, i, count, block.first, block.last - block.first, mine.extra);
+        const RowsAt at{b, item.head, i, count};
+        OuterWalk<Real, Shape::rows> walk(call_, sight, mine.outer, at);
+        const bool extra = make_extra(call_, at, rows, block, mine.extra);
         const Real* queries = mine.queries + row / rows * call_.width * Sizes<Real>::lanes;
         const Real* panels = head.panels + (block.first - start) * call_.width;
         const Real* columns = head.columns + (block.first - start) * Sizes<Real>::column;
@@ -347,9 +287,9 @@ private:
     }
 
     // Joins the parts of every row, and finishes it.
-    void join(std::int64_t b, std::int64_t g, const RowState<Real>& kept, const Member& member) const {
+    void join(std::int64_t b, std::int64_t g, const RowState<Real>& kept, const Team& team) const {
         const std::int64_t count = call_.share() * call_.queries;
-        for (std::int64_t at = member.thread; at < count; at += member.count) {
+        for (std::int64_t at = team.thread; at < count; at += team.count) {
             const RowState<Real> whole = kept.from(at, plan_.padded);
             for (std::int64_t part = 1; part < plan_.parts; ++part)
                 merge(whole, kept.from(part * count + at, plan_.padded));

@@ -61,7 +61,7 @@ KORDER_INLINE Span between_outer(const Call& call, const std::int64_t* chosen) {
     const int t = call.before;
     const std::int64_t offset = call.contracted().offset;
     if (t > 0) span.first = greater(0, chosen[t - 1] + call.modes[t - 1].offset + 1 - offset);
-    if (t < call.outer()) span.last = lesser(span.last, chosen[t] + call.modes[t].offset - offset);
+    if (t >= 0 && t < call.outer()) span.last = lesser(span.last, chosen[t] + call.modes[t].offset - offset);
     return span;
 }
 

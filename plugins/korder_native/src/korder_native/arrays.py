@@ -62,6 +62,19 @@ def cast(array: Array, dtype: Any) -> Array:
     return namespace(array).astype(array, dtype, copy=False)
 
 
+def dense(array: Array) -> Array:
+    """Return an array without gaps, itself if it has none."""
+    if _is_torch(array):
+        return array.detach().contiguous()
+    return namespace(array).asarray(array, order="C")
+
+
+def summed_to(array: Array, shape: Sequence[int]) -> Array:
+    """Return an array summed over the axes that are 1 in a shape."""
+    axes = tuple(axis for axis, (size, wanted) in enumerate(zip(array.shape, shape, strict=True)) if size != wanted)
+    return namespace(array).sum(array, axis=axes, keepdims=True) if axes else array
+
+
 def thread_count() -> int:
     """Return the threads to work with: PyTorch's number where it is loaded, else OpenMP's, within the usable cores."""
     torch = sys.modules.get("torch")

@@ -8,7 +8,7 @@ from typing import Any
 
 from korder.spi import ExactKernel, KernelOutput, OperandGradients, Operands, OutputGradients, Plan
 from korder_native import _native
-from korder_native.arrays import address, cast, mask_view, namespace, new, readable, thread_count, view
+from korder_native.arrays import address, cast, dense, mask_view, namespace, new, readable, summed_to, thread_count, view
 
 Array = Any
 _KINDS = {"full": 0, "causal": 1, "window": 2, "ordered": 3}
@@ -79,7 +79,67 @@ class NativeExactKernel:
         self, operands: Operands, saved: KernelOutput, grads: OutputGradients, *, needs: frozenset[str]
     ) -> OperandGradients:
         """Compute the gradients that `needs` names; scores are computed again from lse."""
-        return self._generic(operands.query).backward(operands, saved, grads, needs=needs)
+        laid = self._laid(operands)
+        if not self._is_tame(laid, grads.output):
+            return self._generic(operands.query).backward(operands, saved, grads, needs=needs)
+        wide = getattr(namespace(laid.query), self.problem.accumulation)
+        output = dense(cast((saved.residuals or {}).get("output", saved.output), wide))
+        lse = dense(cast(saved.lse, wide))
+        of_lse = None if grads.lse is None else dense(cast(grads.lse, wide))
+        of_output = readable(cast(grads.output, operands.query.dtype))
+        found = self._new_gradients(laid, needs)
+        call = self._call(laid, operands)
+        call.set_results(address(output), address(lse))
+        call.set_gradients(
+            view(of_output),
+            address(of_lse),
+            address(found.query),
+            *([address(x) for x in arrays] for arrays in (found.keys, found.values, found.biases)),
+        )
+        self.kernels.backward(call)
+        return self._handed_back(found, operands)
+
+    def _new_gradients(self, laid: Laid, needs: frozenset[str]) -> OperandGradients:
+        """Return zeros for the gradients that are wanted, the contracted mode last, biases with all of their axes."""
+        problem, like = self.problem, laid.query
+
+        def zeros(wanted: bool, *shape: int) -> Array | None:
+            return new(like, shape, problem.accumulation, zeros=True) if wanted else None
+
+        lengths = [problem.lengths[t] for t in self.modes]
+        keys = (problem.batch, problem.groups)
+        rows = (problem.batch, problem.heads)
+        return OperandGradients(
+            query=zeros("query" in needs, *rows, problem.queries, problem.query_width),
+            keys=tuple(zeros("keys" in needs, *keys, m, problem.query_width) for m in lengths),
+            values=tuple(zeros("values" in needs, *keys, m, problem.value_width) for m in lengths),
+            biases=tuple(
+                zeros("biases" in needs and bias is not None, *rows, self._bias_rows(t), m)
+                for t, m, bias in zip(self.modes, lengths, laid.biases, strict=True)
+            ),
+        )
+
+    def _bias_rows(self, t: int) -> int:
+        return self.problem.queries if self.problem.biases and self.problem.biases[t] == "full" else 1
+
+    def _handed_back(self, found: OperandGradients, operands: Operands) -> OperandGradients:
+        """Return the gradients in the user's order of modes, and in the shapes and dtype of the operands."""
+        dtype, none = operands.query.dtype, (None,) * self.problem.order
+
+        def narrow(array: Array | None) -> Array | None:
+            return None if array is None else cast(array, dtype)
+
+        def back(arrays: tuple[Array | None, ...]) -> tuple[Array | None, ...]:
+            by_mode = dict(zip(self.modes, arrays, strict=True))
+            return tuple(by_mode[t] for t in range(self.problem.order))
+
+        biases = zip(back(found.biases), operands.biases or none, strict=True)
+        return OperandGradients(
+            query=narrow(found.query),
+            keys=tuple(map(narrow, back(found.keys))),
+            values=tuple(map(narrow, back(found.values))),
+            biases=tuple(None if x is None or like is None else narrow(summed_to(x, like.shape)) for x, like in biases),
+        )
 
     def _generic(self, like: Array) -> ExactKernel:
         return ExactKernel(namespace(like), self.plan)
@@ -123,8 +183,8 @@ class NativeExactKernel:
             )
         return call
 
-    def _is_tame(self, laid: Laid) -> bool:
-        """Return whether no score or product of values can be NaN, infinite, or near it."""
+    def _is_tame(self, laid: Laid, gradient: Array | None = None) -> bool:
+        """Return whether no score, product of values or gradient can be NaN, infinite, or near it."""
         problem = self.problem
         largest = self._largest(laid.query) * max(1.0, abs(problem.scale))
         keys = [self._largest(x, mask) for x, mask in zip(laid.keys, laid.key_masks, strict=True)]
@@ -132,6 +192,9 @@ class NativeExactKernel:
         biases = sum(self._largest(x, closes=True) for x in laid.biases if x is not None)
         scores = problem.query_width * prod(max(1.0, x) for x in (largest, *keys)) + biases
         products = max(1, problem.tuples) * prod(max(1.0, x) for x in values)
+        if gradient is not None:
+            products *= max(1.0, self._largest(readable(cast(gradient, laid.query.dtype)))) * problem.value_width
+            products *= max(1, problem.queries) * prod(max(1.0, x) for x in (largest, *keys))
         return max(scores, products) < _LIMITS[problem.accumulation] and isfinite(scores + products)
 
     def _largest(self, array: Array, mask: Array | None = None, *, closes: bool = False) -> float:
