@@ -39,8 +39,8 @@ struct BackwardPlan {
 
     // Rows a block: many, for the sums over rows, but such that all threads get the same.
     std::int64_t even_tiles(const Call& call) const {
-        const std::int64_t share = call.share(), all = pieces(call.queries, rows), most = lesser(most_tiles, greater(all, 1));
-        if (by_head) return greater(1, pieces(all, pieces(all, most)));
+        const std::int64_t share = call.share(), all = greater(1, pieces(call.queries, rows)), most = lesser(most_tiles, all);
+        if (by_head) return pieces(all, pieces(all, most));
         std::int64_t best = most, least = INT64_MAX;
         for (std::int64_t size = most; size >= pieces(most, 2); --size) {
             const std::int64_t longest = pieces(share * pieces(all, size), threads) * size;
