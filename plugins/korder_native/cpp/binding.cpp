@@ -108,7 +108,6 @@ NB_MODULE(_native, m) {
 
     nb::class_<Call>(m, "Call")
         .def(nb::init<>())
-        .def("__copy__", [](const Call& call) { return Call(call); })
         .def_rw("order", &Call::order)
         .def_rw("before", &Call::before)
         .def_rw("wide", &Call::wide)

@@ -1,11 +1,14 @@
-"""NumPy arrays and PyTorch tensors as addresses and strides, and new ones of the same kind. torch is never imported here."""
+"""NumPy arrays and PyTorch tensors as addresses and strides, and new ones like them. torch is never imported here."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
+
+import numpy as np
 
 from korder_native import _native
 
@@ -73,6 +76,13 @@ def summed_to(array: Array, shape: Sequence[int]) -> Array:
     """Return an array summed over the axes that are 1 in a shape."""
     axes = tuple(axis for axis, (size, wanted) in enumerate(zip(array.shape, shape, strict=True)) if size != wanted)
     return namespace(array).sum(array, axis=axes, keepdims=True) if axes else array
+
+
+@contextmanager
+def quietly(array: Array) -> Iterator[None]:
+    """Let array operations neither warn of NaN and infinities nor be recorded for gradients."""
+    with np.errstate(all="ignore"), sys.modules["torch"].no_grad() if _is_torch(array) else nullcontext():
+        yield
 
 
 def thread_count() -> int:

@@ -8,7 +8,19 @@ from typing import Any
 
 from korder.spi import ExactKernel, KernelOutput, OperandGradients, Operands, OutputGradients, Plan
 from korder_native import _native
-from korder_native.arrays import address, cast, dense, mask_view, namespace, new, readable, summed_to, thread_count, view
+from korder_native.arrays import (
+    address,
+    cast,
+    dense,
+    mask_view,
+    namespace,
+    new,
+    quietly,
+    readable,
+    summed_to,
+    thread_count,
+    view,
+)
 
 Array = Any
 _KINDS = {"full": 0, "causal": 1, "window": 2, "ordered": 3}
@@ -63,7 +75,8 @@ class NativeExactKernel:
         """Compute output and lse; the exact method has no statistics for `residuals` to fix."""
         laid = self._laid(operands)
         if not self._is_tame(laid):
-            return self._generic(operands.query).forward(operands, save=save, residuals=residuals)
+            with quietly(operands.query):
+                return self._generic(operands.query).forward(operands, save=save, residuals=residuals)
         problem = self.problem
         rows = (problem.batch, problem.heads, problem.queries)
         output = new(laid.query, (*rows, problem.value_width), problem.accumulation)
@@ -81,7 +94,8 @@ class NativeExactKernel:
         """Compute the gradients that `needs` names; scores are computed again from lse."""
         laid = self._laid(operands)
         if not self._is_tame(laid, grads.output):
-            return self._generic(operands.query).backward(operands, saved, grads, needs=needs)
+            with quietly(operands.query):
+                return self._generic(operands.query).backward(operands, saved, grads, needs=needs)
         wide = getattr(namespace(laid.query), self.problem.accumulation)
         output = dense(cast((saved.residuals or {}).get("output", saved.output), wide))
         lse = dense(cast(saved.lse, wide))
