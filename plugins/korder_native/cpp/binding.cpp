@@ -104,6 +104,8 @@ double largest(const Table& table, const Call& call, const View& rows, std::int6
 }  // namespace
 
 NB_MODULE(_native, m) {
+    // korder keeps kernels until the interpreter ends, and says nothing of it; so need we not.
+    nb::set_leak_warnings(false);
     m.doc() = "C++ kernels of order-k attention; addresses and strides in, results written where they are told to.";
 
     nb::class_<Call>(m, "Call")
