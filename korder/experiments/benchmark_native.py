@@ -36,7 +36,7 @@ from korder.experiments.benchmark_figures import (
     run_python,
     time_text,
 )
-from korder.experiments.benchmark_memory import with_growth
+from korder.experiments.benchmark_memory import RETURNS_MEMORY, with_growth
 from korder.experiments.machine import usable_cores
 from korder.spec import AttentionSpec, Causal
 
@@ -289,7 +289,7 @@ def memory(settings: Settings) -> Measured:
     for order, n in sizes:
         for direction in ("forward", "backward"):
             arguments = settings.backend, str(order), str(n), direction
-            growth, declared, sample = json.loads(run_python(_MEMORY_PROGRAM, *arguments))
+            growth, declared, sample = json.loads(run_python(_MEMORY_PROGRAM, *arguments, environment=RETURNS_MEMORY))
             if direction == "forward":
                 case = make_case(_ORDERS[order], n, 64, settings.backend)
                 require_same(

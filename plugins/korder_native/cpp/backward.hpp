@@ -104,12 +104,12 @@ public:
     }
 
     void run(char* memory) const {
-        std::int64_t counter = 0;
+        std::int64_t counters[2] = {0, 0};
         const std::int64_t heads = call_.batch * call_.groups;
         char* of_threads = memory + (plan_.by_head ? plan_.threads : 1) * head_bytes_;
 #pragma omp parallel num_threads(plan_.threads)
         {
-            const Team team{omp_get_thread_num(), omp_get_num_threads(), &counter};
+            Team team{omp_get_thread_num(), omp_get_num_threads(), counters};
             Arena arena(memory + (plan_.by_head ? team.thread * head_bytes_ : 0));
             const BackwardHead<Real> head(arena, call_, plan_);
             Arena own(of_threads + team.thread * thread_bytes_);
@@ -117,7 +117,10 @@ public:
             mine.outer.start(call_);
             if (plan_.by_head)
                 for (std::int64_t at = team.next(); at < heads; at = team.next())
-                    differentiate(at / call_.groups, at % call_.groups, head, mine, Team{0, 1, nullptr});
+                    {
+                    Team alone{0, 1, nullptr};
+                    differentiate(at / call_.groups, at % call_.groups, head, mine, alone);
+                }
             else
                 for (std::int64_t at = 0; at < heads; ++at)
                     differentiate(at / call_.groups, at % call_.groups, head, mine, team);
@@ -141,10 +144,12 @@ private:
     }
 
     void differentiate(std::int64_t b, std::int64_t g, const BackwardHead<Real>& head, const Memory& mine,
-                       const Team& team) const {
+                       Team& team) const {
         const std::int64_t length = call_.contracted().length, items = call_.share() * plan_.items;
+        team.meet_again();
         mine.sums.start(call_, plan_);
         for (std::int64_t start = 0; start < length; start += plan_.chunk) {
+            if (start > 0) team.meet();
             pack(b, g, start, head, mine, team);
             team.meet();
             for (std::int64_t turn = 0; turn * team.count < items; ++turn) {
@@ -154,10 +159,9 @@ private:
                     rows_of_item(b, g * call_.share() + at % call_.share(), at / call_.share() * plan_.tiles * rows, start,
                                  head, mine);
             }
-            team.meet();
         }
-        hand_over(b, g, mine, team);
         team.meet();
+        hand_over(b, g, mine, team);
     }
 
     void pack(std::int64_t b, std::int64_t g, std::int64_t start, const BackwardHead<Real>& head, const Memory& mine,

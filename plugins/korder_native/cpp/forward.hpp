@@ -48,6 +48,9 @@ struct ForwardPlan {
             parts = greater(1, lesser(call.modes[0].length, pieces(2 * threads, greater(1, call.share() * items))));
     }
 
+    // Rows of a query head as they are kept: whole tiles, because a tile writes all of its rows.
+    std::int64_t kept_rows() const { return items * tiles * rows; }
+
     bool keeps(const Call& call) const { return parts > 1 || chunk < call.contracted().length; }
 };
 
@@ -83,7 +86,7 @@ struct HeadMemory {
     HeadMemory(Arena& arena, const Call& call, const ForwardPlan<Real>& plan)
         : panels(arena.take<Real>(plan.chunk * call.width)),
           columns(arena.take<Real>(plan.chunk * plan.padded)),
-          kept(arena, plan.keeps(call) ? plan.parts * call.share() * call.queries : 0, plan.padded) {}
+          kept(arena, plan.keeps(call) ? plan.parts * call.share() * plan.kept_rows() : 0, plan.padded) {}
 };
 
 // What belongs to one thread.
@@ -124,11 +127,11 @@ public:
     }
 
     void run(char* memory) const {
-        std::int64_t counter = 0;
+        std::int64_t counters[2] = {0, 0};
         const std::int64_t heads = call_.batch * call_.groups;
 #pragma omp parallel num_threads(plan_.threads)
         {
-            const Team team{omp_get_thread_num(), omp_get_num_threads(), &counter};
+            Team team{omp_get_thread_num(), omp_get_num_threads(), counters};
             Arena head(memory + (plan_.by_head ? team.thread * head_bytes_ : 0));
             Arena thread(memory + (plan_.by_head ? plan_.threads : 1) * head_bytes_ + team.thread * thread_bytes_);
             const HeadMemory<Real> of_head(head, call_, plan_);
@@ -136,7 +139,7 @@ public:
             mine.outer.start(call_);
             if (plan_.by_head) {
                 for (std::int64_t at = team.next(); at < heads; at = team.next())
-                    attend(at / call_.groups, at % call_.groups, of_head, mine, Team{0, 1, nullptr});
+                    alone(at, of_head, mine);
             } else {
                 for (std::int64_t at = 0; at < heads; ++at)
                     attend(at / call_.groups, at % call_.groups, of_head, mine, team);
@@ -149,23 +152,29 @@ private:
         std::int64_t head, row, count, part;
     };
 
+    void alone(std::int64_t at, const HeadMemory<Real>& head, const ThreadMemory<Real>& mine) const {
+        std::int64_t counters[2] = {0, 0};
+        Team team{0, 1, counters};
+        attend(at / call_.groups, at % call_.groups, head, mine, team);
+    }
+
     void attend(std::int64_t b, std::int64_t g, const HeadMemory<Real>& head, const ThreadMemory<Real>& mine,
-                const Team& team) const {
+                Team& team) const {
         const std::int64_t length = call_.contracted().length;
         const std::int64_t items = call_.share() * plan_.items * plan_.parts;
         std::int64_t start = 0;
         do {
+            team.meet_again();
             pack(b, g, start, head, mine, team);
             team.meet();
-            std::int64_t alone = 0;
-            const auto next = [&] { return team.count == 1 ? alone++ : team.next(); };
-            for (std::int64_t at = next(); at < items; at = next())
+            if (team.count == 1) *team.counters = 0;
+            for (std::int64_t at = team.next(); at < items; at = team.next())
                 attend_item(b, item_of(g, items - 1 - at), start, head, mine);  // under a mask the last ones take longest
-            team.meet();
             start += plan_.chunk;
         } while (start < length);
-        if (plan_.keeps(call_)) join(b, g, head.kept, team);
-        if (plan_.keeps(call_)) team.meet();
+        if (!plan_.keeps(call_)) return;
+        team.meet();
+        join(b, g, head.kept, team);
     }
 
     Item item_of(std::int64_t g, std::int64_t index) const {
@@ -191,9 +200,9 @@ private:
                      const ThreadMemory<Real>& mine) const {
         RowState<Real> state = mine.state;
         if (plan_.keeps(call_))
-            state = head.kept.from((item.part * call_.share() + item.head % call_.share()) * call_.queries + item.row,
+            state = head.kept.from((item.part * call_.share() + item.head % call_.share()) * plan_.kept_rows() + item.row,
                                    plan_.padded);
-        if (start == 0) state.start(item.count, plan_.padded);
+        if (start == 0) state.start(rounded(item.count, rows), plan_.padded);
         read_tiles(call_, call_.query, call_.width, {b, item.head, item.row, item.count}, call_.scale, mine.scratch,
                    mine.queries);
         const std::int64_t last = lesser(plan_.chunk, call_.contracted().length - start);
@@ -290,10 +299,11 @@ private:
     void join(std::int64_t b, std::int64_t g, const RowState<Real>& kept, const Team& team) const {
         const std::int64_t count = call_.share() * call_.queries;
         for (std::int64_t at = team.thread; at < count; at += team.count) {
-            const RowState<Real> whole = kept.from(at, plan_.padded);
+            const std::int64_t c = at / call_.queries, i = at % call_.queries;
+            const RowState<Real> whole = kept.from(c * plan_.kept_rows() + i, plan_.padded);
             for (std::int64_t part = 1; part < plan_.parts; ++part)
-                merge(whole, kept.from(part * count + at, plan_.padded));
-            finish(b, g * call_.share() + at / call_.queries, at % call_.queries, whole.weighted, *whole.top, *whole.total);
+                merge(whole, kept.from((part * call_.share() + c) * plan_.kept_rows() + i, plan_.padded));
+            finish(b, g * call_.share() + c, i, whole.weighted, *whole.top, *whole.total);
         }
     }
 

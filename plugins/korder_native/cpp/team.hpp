@@ -10,18 +10,26 @@ namespace korder::KORDER_ISA {
 constexpr std::int64_t chunk_bytes = 4 << 20;  // of packed keys and values
 constexpr double work_of_a_thread = 1 << 20;   // multiplications below which another thread does not pay
 
+// Threads meet seldom: on a busy machine each meeting may wait for a thread that the system has put aside.
 struct Team {
     int thread, count;
-    std::int64_t* counter;
+    std::int64_t* counters;  // two, for this phase and the next one
+    int phase = 0;
 
-    std::int64_t next() const { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
+    std::int64_t next() { return __atomic_fetch_add(counters + phase % 2, 1, __ATOMIC_RELAXED); }
 
-    // After it everybody sees what everybody wrote, and the counter starts again.
-    void meet() const {
+    // After it everybody sees what everybody wrote, and counting starts again.
+    void meet() {
         if (count == 1) return;
+        ++phase;
 #pragma omp barrier
-        if (thread == 0) __atomic_store_n(counter, 0, __ATOMIC_RELAXED);
-#pragma omp barrier
+        // nobody counts with the other one any more, and nobody does yet: that takes another meeting
+        if (thread == 0) __atomic_store_n(counters + (phase + 1) % 2, 0, __ATOMIC_RELAXED);
+    }
+
+    // As `meet`, but not before the first work of all.
+    void meet_again() {
+        if (phase > 0) meet();
     }
 };
 
