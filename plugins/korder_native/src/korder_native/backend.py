@@ -17,7 +17,7 @@ _EXACT = MethodSupport(
 
 
 class NativeBackend(Backend):
-    """C++ kernels on the CPU, for NumPy arrays and PyTorch tensors as they lie in memory."""
+    """C++ kernels on the CPU, for NumPy arrays and PyTorch tensors as they lie in memory; bfloat16 is summed in float32."""
 
     name: ClassVar[str] = "native"
     api_version: ClassVar[int] = API_VERSION
@@ -28,7 +28,7 @@ class NativeBackend(Backend):
         """Return what the kernels can do."""
         return Capabilities(
             orders=frozenset({1, 2, 3, 4}),
-            dtypes=frozenset({"float32", "float64"}),
+            dtypes=frozenset({"bfloat16", "float32", "float64"}),
             devices=frozenset({"cpu"}),
             methods=(_EXACT,),
             grouped_heads=True,
