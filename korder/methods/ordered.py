@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from korder.methods.factors import Plane
-from korder.methods.readings import Progress, State, add_states, nonzero
-from korder.methods.running import Pace, empty_state, keys_block, runs
+from korder.methods.readings import Progress, nonzero
+from korder.methods.running import Pace, State, add_states, empty_state, keys_block, runs
 from korder.methods.sight import Sight
 from korder.spi.operands import Operands
 

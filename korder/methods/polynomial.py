@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial, reduce
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import numpy as np
 from array_api_compat import device
 
+from korder.errors import AccuracyError
 from korder.methods.factors import Factor, Plane, plane_count, planes
 from korder.methods.features import (
     FeatureTable,
@@ -28,11 +28,9 @@ from korder.methods.readings import (
     Reading,
     ReadTable,
     RowCollector,
-    add_states,
     finish_rows,
     nonzero,
     prod_arrays,
-    require_positive,
 )
 from korder.methods.running_arrays import RunningArrays
 from korder.methods.scales import scales_of_peaks
@@ -45,11 +43,6 @@ from korder.spi.operands import KernelOutput, OperandGradients, Operands, Output
 from korder.spi.progress import PROGRESS
 
 Array = Any
-Blocks = list[tuple[int, int]]
-T = TypeVar("T")
-Where = tuple[int, int, int]
-"""Head, first row and end of a block of rows."""
-Finish = Callable[[Where, Reading], tuple[Array, ...]]
 
 
 class PolynomialKernel(RunningArrays):
@@ -106,9 +99,10 @@ class PolynomialKernel(RunningArrays):
         for index, plane in enumerate(planes(xp, problem, operands, known.get("maxima"))):
             scales = self.column_scales(plane) if "scales" not in known else known["scales"][index, ...]
             states: list[Array] = []
-            finish = partial(self._finish, centre[plane.batch, ...], live[plane.batch, ...])
-            for (head, start, _), found in self.readings(operands, plane, scales, states, progress, finish):
-                for store, part in zip(stores, (xp.astype(found[0], dtype), *found[1:]), strict=True):
+            for head, start, stop, reading in self.readings(operands, plane, scales, states, progress):
+                at = (plane.batch, head, slice(start, stop))
+                finished = finish_rows(xp, self.polynomial.values, reading, centre[at], live[at])
+                for store, part in zip(stores, (xp.astype(finished[0], dtype), *finished[1:]), strict=True):
                     store.put(plane.batch, head, start, part)
             kept.close(xp, plane, scales, states)
         progress.finish()
@@ -147,54 +141,32 @@ class PolynomialKernel(RunningArrays):
         output, lse, moments = (self.collector(place, trailing, dtype).result() for trailing, dtype in shapes)
         return KernelOutput(output, lse, lse, moments, lse, {})
 
-    def _finish(self, centre: Array, live: Array, where: Where, reading: Reading) -> tuple[Array, ...]:
-        head, start, stop = where
-        at = (head, slice(start, stop))
-        return finish_rows(self.xp, self.polynomial.values, reading, centre[at], live[at])
-
     def readings(
-        self, operands: Operands, plane: Plane, scales: Array, states: list[Array], progress: Progress, finish: Finish
-    ) -> Iterator[tuple[Where, tuple[Array, ...]]]:
-        """Yield where a plane's rows are and their finished reading; puts its modes' key states into `states`."""
+        self, operands: Operands, plane: Plane, scales: Array, states: list[Array], progress: Progress
+    ) -> Iterator[tuple[int, int, int, Reading]]:
+        """Yield (head, start, stop, reading) for the rows of a plane; puts its modes' key states into `states`."""
         if self.problem.spec.mask.kind != "full":
             from korder.methods.running import running_readings
 
-            for head, start, stop, reading in running_readings(self, operands, plane, scales, states, progress):
-                yield (head, start, stop), finish((head, start, stop), reading)
+            yield from running_readings(self, operands, plane, scales, states, progress)
             return
-        found = self.key_states(plane, scales, progress)
+        found = [self.key_state(plane, t, scales, progress) for t in range(self.problem.order)]
         states += [state for state, _ in found]
         table = self.read_table(found, scales)
         for head, query in zip(plane.heads, plane.queries, strict=True):
-            places = [(head, *block) for block in self.blocks(query.length)]
-            works = (partial(self._read_block, query, place, scales, table, finish) for place in places)
-            for place, finished in zip(places, self.each(works), strict=True):
-                yield place, finished
-                progress.advance(place[2] - place[1])
+            for start, stop in self.blocks(query.length):
+                columns = self.scaled(query, scales[0, ...], start, stop)
+                yield head, start, stop, self.read(columns, self.features(columns), table)
+                progress.advance(stop - start)
 
-    def _read_block(
-        self, query: Factor, where: Where, scales: Array, table: ReadTable, finish: Finish
-    ) -> tuple[Array, ...]:
-        columns = self.scaled(query, scales[0, ...], *where[1:])
-        return finish(where, self.read(columns, self.features(columns), table))
-
-    def key_states(self, plane: Plane, scales: Array, progress: Progress) -> list[tuple[Array, Array]]:
-        """Return the sums over the keys of every mode."""
-        shares = [self.shares([*self.blocks(key.length)]) for key in plane.keys]
-        works = (partial(self.key_state, plane, t, scales, progress, x) for t, own in enumerate(shares) for x in own)
-        found = self.each(works)
-        return [reduce(add_states, [next(found) for _ in own]) for own in shares]
-
-    def key_state(
-        self, plane: Plane, mode: int, scales: Array, progress: Progress, blocks: Blocks
-    ) -> tuple[Array, Array]:
-        """Return the sums over some keys of u [w v, w] (r, e + 1) and of |u| w (r, 1), in float64."""
+    def key_state(self, plane: Plane, mode: int, scales: Array, progress: Progress) -> tuple[Array, Array]:
+        """Return the sums over keys of u [w v, w] (r, e + 1) and of |u| w (r, 1), in float64."""
         xp = self.xp
         key = plane.keys[mode]
         shape = (self.table.features, self.problem.value_width + 1)
         state = xp.zeros(shape, dtype=xp.float64, device=device(key.rows))
         absolute = xp.zeros((shape[0], 1), dtype=xp.float64, device=device(key.rows))
-        for start, stop in blocks:
+        for start, stop in self.blocks(key.length):
             columns = self.scaled(key, scales[mode + 1, ...], start, stop)
             features = self.features(columns)
             weighted = plane.values_and_weights(xp, mode, start, stop)
@@ -270,7 +242,22 @@ class PolynomialKernel(RunningArrays):
 
     def check_normaliser(self, mean: Array, live: Array) -> None:
         """Raise if a row with a live tuple has a finite mean polynomial that is not positive."""
-        require_positive(self.xp, self.polynomial.degree, mean, live)
+        xp = self.xp
+        bad = xp.logical_and(live, xp.logical_and(xp.isfinite(mean), mean <= 0.0))
+        if not bool(xp.any(bad)):
+            return
+        flat = int(xp.argmax(xp.reshape(xp.astype(bad, xp.int8), (-1,))))
+        head, row = divmod(flat, mean.shape[2])
+        batch, head = divmod(head, mean.shape[1])
+        value = float(mean[batch, head, row])
+        raise AccuracyError(
+            f"the polynomial of degree {self.polynomial.degree} sums to a number that is not positive "
+            f"in batch {batch}, head {head}, row {row}.",
+            code="normaliser-not-positive",
+            expected="a positive mean of the polynomial over the row's tuples",
+            got=f"{value:g}",
+            hint="use an even degree, float64, a smaller scale, or method Exact(): this row's scores spread too far.",
+        )
 
     def blocks(self, length: int) -> Iterator[tuple[int, int]]:
         """Yield the blocks of tokens of which features are built at a time."""
@@ -295,16 +282,7 @@ class PolynomialKernel(RunningArrays):
         tokens = sum(self.problem.lengths) * self.problem.groups + self.problem.queries * self.problem.heads
         return Progress(tokens * self.problem.batch, PROGRESS.get(), [0])
 
-    # What a backend may override: how work is shared out, and the array operations.
-
-    def shares(self, blocks: Blocks) -> list[Blocks]:
-        """Return the blocks of a mode's keys in shares, each summed by itself."""
-        return [blocks]
-
-    def each(self, works: Iterable[Callable[[], T]]) -> Iterator[T]:
-        """Yield what every piece of work returns, in their order."""
-        for work in works:
-            yield work()
+    # The array operations that a backend may override.
 
     def features(self, columns: Array) -> Array:
         """Return the monomials (r, c) of columns (w, c)."""

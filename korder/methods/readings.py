@@ -7,13 +7,10 @@ from dataclasses import dataclass, field
 from math import comb
 from typing import Any
 
-from korder.errors import AccuracyError
 from korder.methods.factors import Plane, assemble
 from korder.problem import Problem
 
 Array = Any
-State = tuple[Array, Array]
-"""Sums over keys of u [w v, w] (r, e + 1) and of |u| w (r, 1), float64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,35 +146,11 @@ def finish_rows(
     return output, xp.where(live, mean, zero), stacked, xp.where(live, magnitude, zero)
 
 
-def require_positive(xp: Any, degree: int, mean: Array, live: Array) -> None:
-    """Raise if a row with a live tuple has a finite mean polynomial that is not positive."""
-    bad = xp.logical_and(live, xp.logical_and(xp.isfinite(mean), mean <= 0.0))
-    if not bool(xp.any(bad)):
-        return
-    flat = int(xp.argmax(xp.reshape(xp.astype(bad, xp.int8), (-1,))))
-    head, row = divmod(flat, mean.shape[2])
-    batch, head = divmod(head, mean.shape[1])
-    value = float(mean[batch, head, row])
-    raise AccuracyError(
-        f"the polynomial of degree {degree} sums to a number that is not positive "
-        f"in batch {batch}, head {head}, row {row}.",
-        code="normaliser-not-positive",
-        expected="a positive mean of the polynomial over the row's tuples",
-        got=f"{value:g}",
-        hint="use an even degree, float64, a smaller scale, or method Exact(): this row's scores spread too far.",
-    )
-
-
 def _powers(x: Array, degree: int) -> list[Array]:
     powers = [x * 0.0 + 1.0]
     for _ in range(degree):
         powers.append(powers[-1] * x)
     return powers
-
-
-def add_states(one: State, other: State) -> State:
-    """Return the sums over two disjoint sets of keys."""
-    return one[0] + other[0], one[1] + other[1]
 
 
 def sum_arrays(arrays: list[Array]) -> Array:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from array_api_compat import device
 
 from korder.methods.factors import Plane
-from korder.methods.readings import Progress, Reading, State, add_states, nonzero, prod_arrays
+from korder.methods.readings import Progress, Reading, nonzero, prod_arrays
 from korder.methods.running_arrays import Tokens
 from korder.methods.sight import Sight
 from korder.planning.polynomial import RUNNING_ELEMENTS
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from korder.methods.polynomial import PolynomialKernel
 
 Array = Any
+State = tuple[Array, Array]
+"""Sums over keys of u [w v, w] (r, e + 1) and of |u| w (r, 1), float64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +235,11 @@ def empty_state(kernel: PolynomialKernel, plane: Plane) -> State:
     shape = (kernel.table.features, kernel.problem.value_width + 1)
     state = xp.zeros(shape, dtype=xp.float64, device=device(plane.keys[0].rows))
     return state, state[:, -1:]
+
+
+def add_states(one: State, other: State) -> State:
+    """Return the sums over two disjoint sets of keys."""
+    return one[0] + other[0], one[1] + other[1]
 
 
 def runs(kernel: PolynomialKernel, tokens: int) -> Iterator[tuple[int, int, int]]:

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from korder.methods.factors import Plane
-from korder.methods.readings import Progress, State, add_states
+from korder.methods.readings import Progress
 from korder.methods.running import (
     Pace,
     Seen,
+    State,
     Stream,
+    add_states,
     empty_state,
     keys_block,
     keys_state,

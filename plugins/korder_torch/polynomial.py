@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from korder.spi import KernelOutput, OperandGradients, Operands, OutputGradients, Plan, PolynomialKernel
-from korder_torch.lanes import Lanes
 from korder_torch.products import product
 
-T = TypeVar("T")
-WORTH_LANES = 2**28
-"""Flop of a forward from which its blocks go to threads of their own."""
 Blocks = list[tuple[int, Tensor, Tensor]]
 """First variable, parents, and the features that are their products."""
 
@@ -30,23 +26,6 @@ class TorchPolynomialKernel(PolynomialKernel):
         self.in_place = plan.problem.device == "cpu"  # elsewhere running sums are made in a copy
         super().__init__(xp, plan)
         self._kept = threading.local()  # the memory of one call, so that threads may share a kernel
-        self._lanes = self._worthwhile_lanes()
-        self.workspace_bytes += (self._lanes - 1) * self._lane_bytes()
-
-    def _lane_bytes(self) -> int:
-        """Return what another lane takes: features, the sums of a share of the keys, and what is made of a block."""
-        item: int = torch.finfo(self.dtype).bits // 8
-        rows = self.polynomial.chunk * (self.problem.value_width + 1) * (self.polynomial.degree + 2)
-        state = self.table.features * (self.problem.value_width + 2)
-        return item * self.table.features * self.polynomial.chunk + 8 * (2 * state + rows)
-
-    def _worthwhile_lanes(self) -> int:
-        """Return how many threads may work on blocks: those that PyTorch has, as far as memory is allowed."""
-        problem = self.problem
-        if problem.device != "cpu" or problem.spec.mask.kind != "full" or self.plan.cost.flops < WORTH_LANES:
-            return 1
-        room: int = int(problem.spec.policy.memory_limit) - self.workspace_bytes
-        return max(1, min(int(torch.get_num_threads()), 1 + room // self._lane_bytes()))
 
     def forward(self, operands: Operands, *, save: bool, residuals: dict[str, Any] | None = None) -> KernelOutput:
         """Compute output, lse and what certificates need; autograd is not recorded, the door does that."""
@@ -55,28 +34,6 @@ class TorchPolynomialKernel(PolynomialKernel):
                 return super().forward(operands, save=save, residuals=residuals)
         finally:
             self.release()
-
-    def readings(self, operands: Operands, *rest: Any) -> Iterator[Any]:
-        """Yield what rows read, blocks side by side where that is worth while."""
-        lanes = min(self._lanes, torch.get_num_threads())
-        if lanes == 1:
-            yield from super().readings(operands, *rest)
-            return
-        with Lanes(lanes) as self._kept.lanes:
-            yield from super().readings(operands, *rest)
-
-    def shares(self, blocks: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-        """Return the blocks of a mode's keys, shared out evenly between the lanes."""
-        lanes: Lanes | None = getattr(self._kept, "lanes", None)
-        if lanes is None:
-            return super().shares(blocks)
-        size = max(1, -(-len(blocks) // lanes.count))
-        return [blocks[at : at + size] for at in range(0, max(len(blocks), 1), size)]
-
-    def each(self, works: Iterable[Callable[[], T]]) -> Iterator[T]:
-        """Yield what every piece of work returns, in their order."""
-        lanes: Lanes | None = getattr(self._kept, "lanes", None)
-        return super().each(works) if lanes is None else lanes.each(works)
 
     def backward(
         self, operands: Operands, saved: KernelOutput, grads: OutputGradients, *, needs: frozenset[str]
