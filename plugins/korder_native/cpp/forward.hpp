@@ -12,6 +12,7 @@
 
 namespace korder::KORDER_ISA {
 
+constexpr std::int64_t most_kept_rows = 4096;    // whose sums wait for the next chunk
 constexpr std::int64_t block_bytes = 256 << 10;  // of packed keys and values, what stays in the cache next to a core
 
 template <class Real>
@@ -20,7 +21,7 @@ struct ForwardPlan {
     std::int64_t padded;        // value width in whole vectors
     std::int64_t chunk, block;  // contracted keys
     std::int64_t tiles;         // of rows, in an item
-    std::int64_t items;         // blocks of rows of one query head
+    std::int64_t items;         // blocks of rows of one query head that are worked on at a time
     std::int64_t parts;         // of the first outer mode
     int threads;
     bool by_head;
@@ -43,13 +44,14 @@ struct ForwardPlan {
         const std::int64_t enough = by_head ? 1 : 4 * threads;
         while (tiles > 1 && call.share() * pieces(call.queries, tiles * rows) < enough) tiles /= 2;
         items = pieces(call.queries, tiles * rows);
+        if (chunk < call.contracted().length) items = lesser(items, pieces(most_kept_rows / call.share() + 1, tiles * rows));
         parts = 1;
         if (!by_head && call.share() * items < threads && call.outer() > 0)
             parts = greater(1, lesser(call.modes[0].length, pieces(2 * threads, greater(1, call.share() * items))));
     }
 
-    // Rows of a query head as they are kept: whole tiles, because a tile writes all of its rows.
-    std::int64_t kept_rows() const { return items * tiles * rows; }
+    // Rows of a query head that are worked on at a time: whole tiles, because a tile writes all of its rows.
+    std::int64_t slab() const { return items * tiles * rows; }
 
     bool keeps(const Call& call) const { return parts > 1 || chunk < call.contracted().length; }
 };
@@ -86,7 +88,7 @@ struct HeadMemory {
     HeadMemory(Arena& arena, const Call& call, const ForwardPlan<Real>& plan)
         : panels(arena.take<Real>(plan.chunk * call.width)),
           columns(arena.take<Real>(plan.chunk * plan.padded)),
-          kept(arena, plan.keeps(call) ? plan.parts * call.share() * plan.kept_rows() : 0, plan.padded) {}
+          kept(arena, plan.keeps(call) ? plan.parts * call.share() * plan.slab() : 0, plan.padded) {}
 };
 
 // What belongs to one thread.
@@ -149,7 +151,7 @@ public:
 
 private:
     struct Item {
-        std::int64_t head, row, count, part;
+        std::int64_t head, row, count, part, kept;
     };
 
     void alone(std::int64_t at, const HeadMemory<Real>& head, const ThreadMemory<Real>& mine) const {
@@ -160,28 +162,36 @@ private:
 
     void attend(std::int64_t b, std::int64_t g, const HeadMemory<Real>& head, const ThreadMemory<Real>& mine,
                 Team& team) const {
-        const std::int64_t length = call_.contracted().length;
-        const std::int64_t items = call_.share() * plan_.items * plan_.parts;
-        std::int64_t start = 0;
-        do {
-            team.meet_again();
-            pack(b, g, start, head, mine, team);
+        for (std::int64_t slab = 0; slab < call_.queries; slab += plan_.slab()) {
+            std::int64_t start = 0;
+            do {
+                team.meet_again();
+                pack(b, g, start, head, mine, team);
+                team.meet();
+                attend_chunk(b, g, slab, start, head, mine, team);
+                start += plan_.chunk;
+            } while (start < call_.contracted().length);
+            if (!plan_.keeps(call_)) continue;
             team.meet();
-            if (team.count == 1) *team.counters = 0;
-            for (std::int64_t at = team.next(); at < items; at = team.next())
-                attend_item(b, item_of(g, items - 1 - at), start, head, mine);  // under a mask the last ones take longest
-            start += plan_.chunk;
-        } while (start < length);
-        if (!plan_.keeps(call_)) return;
-        team.meet();
-        join(b, g, head.kept, team);
+            join(b, g, slab, head.kept, team);
+        }
     }
 
-    Item item_of(std::int64_t g, std::int64_t index) const {
+    void attend_chunk(std::int64_t b, std::int64_t g, std::int64_t slab, std::int64_t start, const HeadMemory<Real>& head,
+                      const ThreadMemory<Real>& mine, Team& team) const {
+        const std::int64_t items = call_.share() * plan_.items * plan_.parts;
+        if (team.count == 1) *team.counters = 0;
+        for (std::int64_t at = team.next(); at < items; at = team.next()) {
+            const Item item = item_of(g, slab, items - 1 - at);  // under a mask the last ones take longest
+            if (item.count > 0) attend_item(b, item, start, head, mine);
+        }
+    }
+
+    Item item_of(std::int64_t g, std::int64_t slab, std::int64_t index) const {
         const std::int64_t part = index % plan_.parts, block = index / plan_.parts % plan_.items;
-        const std::int64_t row = block * plan_.tiles * rows;
-        return {g * call_.share() + index / plan_.parts / plan_.items, row,
-                lesser(plan_.tiles * rows, call_.queries - row), part};
+        const std::int64_t c = index / plan_.parts / plan_.items, row = block * plan_.tiles * rows;
+        return {g * call_.share() + c, slab + row, lesser(plan_.tiles * rows, call_.queries - slab - row), part,
+                (part * call_.share() + c) * plan_.slab() + row};
     }
 
     void pack(std::int64_t b, std::int64_t g, std::int64_t start, const HeadMemory<Real>& head,
@@ -199,9 +209,7 @@ private:
     void attend_item(std::int64_t b, const Item& item, std::int64_t start, const HeadMemory<Real>& head,
                      const ThreadMemory<Real>& mine) const {
         RowState<Real> state = mine.state;
-        if (plan_.keeps(call_))
-            state = head.kept.from((item.part * call_.share() + item.head % call_.share()) * plan_.kept_rows() + item.row,
-                                   plan_.padded);
+        if (plan_.keeps(call_)) state = head.kept.from(item.kept, plan_.padded);
         if (start == 0) state.start(rounded(item.count, rows), plan_.padded);
         read_tiles(call_, call_.query, call_.width, {b, item.head, item.row, item.count}, call_.scale, mine.scratch,
                    mine.queries);
@@ -295,15 +303,15 @@ private:
         *lse = Real(double(top) + __builtin_log(total));
     }
 
-    // Joins the parts of every row, and finishes it.
-    void join(std::int64_t b, std::int64_t g, const RowState<Real>& kept, const Team& team) const {
-        const std::int64_t count = call_.share() * call_.queries;
-        for (std::int64_t at = team.thread; at < count; at += team.count) {
-            const std::int64_t c = at / call_.queries, i = at % call_.queries;
-            const RowState<Real> whole = kept.from(c * plan_.kept_rows() + i, plan_.padded);
+    // Joins the parts of every row of a slab, and finishes it.
+    void join(std::int64_t b, std::int64_t g, std::int64_t slab, const RowState<Real>& kept, const Team& team) const {
+        const std::int64_t size = lesser(plan_.slab(), call_.queries - slab);
+        for (std::int64_t at = team.thread; at < call_.share() * size; at += team.count) {
+            const std::int64_t c = at / size, i = at % size;
+            const RowState<Real> whole = kept.from(c * plan_.slab() + i, plan_.padded);
             for (std::int64_t part = 1; part < plan_.parts; ++part)
-                merge(whole, kept.from((part * call_.share() + c) * plan_.kept_rows() + i, plan_.padded));
-            finish(b, g * call_.share() + c, i, whole.weighted, *whole.top, *whole.total);
+                merge(whole, kept.from((part * call_.share() + c) * plan_.slab() + i, plan_.padded));
+            finish(b, g * call_.share() + c, slab + i, whole.weighted, *whole.top, *whole.total);
         }
     }
 

@@ -149,3 +149,21 @@ def test_shapes_by_chance(data: st.DataObject) -> None:
         key_offsets=tuple(data.draw(offsets) for _ in range(order)),
     )
     assert_right(case, data.draw(st.sampled_from(ISAS)))
+
+
+def test_more_rows_than_are_kept_between_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are worked on in slabs, each of which meets every chunk of keys."""
+    for threads in (1, 2):
+        monkeypatch.setattr(exact, "thread_count", lambda threads=threads: threads)
+        rng = np.random.default_rng(0)
+        query, key, value = (
+            rng.standard_normal((1, h, n, 9)).astype("f4") for h, n in ((2, 4500), (1, 70000), (1, 70000))
+        )
+        key[:, :, 3:-3] = key[:, :, :1]  # few distinct keys, so that the answer is a short sum
+        value[:, :, 3:-3] = value[:, :, :1]
+        case = Case(korder.AttentionSpec(order=1), query, (key,), (value,), (None,), (None,), dtype="float32")
+        found = case.kernel().forward(case.operands, save=False)
+        scores = np.einsum("bhid,bjd->bhij", query.astype("f8") / 3, key[:, 0, np.r_[:3, -3:0]].astype("f8"))
+        weights = np.exp(scores) * np.array([70000 - 5, 1, 1, 1, 1, 1])
+        wanted = np.einsum("bhij,bje->bhie", weights, value[:, 0, np.r_[:3, -3:0]].astype("f8"))
+        assert np.allclose(found.output, wanted / weights.sum(-1)[..., None], rtol=0, atol=2e-4)

@@ -17,7 +17,7 @@ _EXACT = MethodSupport(
 
 
 class NativeBackend(Backend):
-    """C++ kernels on the CPU, for NumPy arrays and PyTorch tensors as they lie in memory; bfloat16 is summed in float32."""
+    """C++ kernels on the CPU, for arrays and tensors as they lie in memory; bfloat16 is summed in float32."""
 
     name: ClassVar[str] = "native"
     api_version: ClassVar[int] = API_VERSION
