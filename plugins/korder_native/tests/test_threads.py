@@ -103,3 +103,25 @@ print("done")
 """
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=120)
     assert run.stdout.strip() == "done", run.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_does_not_wait_for_threads_that_it_has_not() -> None:
+    program = """
+import os, numpy as np
+from reference import random_case
+from korder_native import arrays, exact
+threads, exact.thread_count = exact.thread_count, lambda: 3  # so that there are threads to be missed
+case = random_case(90, (40, 90), width=32, value_width=24).cast("float32")
+wanted = case.kernel().forward(case.operands, save=False).output
+exact.thread_count = threads
+if os.fork() == 0:
+    found = case.kernel().forward(case.operands, save=False).output
+    os._exit(0 if arrays.thread_count() == 1 and np.allclose(found, wanted, atol=1e-5) else 1)
+print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+    here = os.path.dirname(__file__)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))}
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert run.stdout.strip() == "0", run.stderr

@@ -15,6 +15,7 @@ from korder_native import _native
 Array = Any
 View = tuple[int, int, int, int, int]
 """Address, then strides in elements of batch, head, row and column; 0 along an axis that is shared."""
+_LOADED_IN = os.getpid()
 
 
 def namespace(array: Array) -> Any:
@@ -86,7 +87,12 @@ def quietly(array: Array) -> Iterator[None]:
 
 
 def thread_count() -> int:
-    """Return the threads to work with: PyTorch's number where it is loaded, else OpenMP's, within the usable cores."""
+    """Return the threads to work with: PyTorch's number where it is loaded, else OpenMP's, within the usable cores.
+
+    A process that was forked from one with OpenMP threads has none of them and would wait for them: it gets one.
+    """
+    if os.getpid() != _LOADED_IN:
+        return 1
     torch = sys.modules.get("torch")
     ask = getattr(torch, "get_num_threads", None)
     count = _native.thread_limit() if ask is None else ask()
