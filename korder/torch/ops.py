@@ -95,7 +95,7 @@ def prepared_for(request: Request, text: str, backward: bool) -> Prepared:
 
 def depends_on_data(spec: AttentionSpec | None) -> bool:
     """Return whether numbers decide what is computed."""
-    return spec is not None and spec.tolerance is not None
+    return spec is not None and spec.measured
 
 
 def require_static(spec: AttentionSpec | None, statistics: ScoreStatistics | None) -> None:
@@ -104,10 +104,10 @@ def require_static(spec: AttentionSpec | None, statistics: ScoreStatistics | Non
         refuse_choice(spec)
     if depends_on_data(spec) and statistics is None:
         raise UnsupportedProblemError(
-            "a tolerance cannot be met while tensors are traced, because their numbers are not known.",
+            "a tolerance cannot be met, nor a polynomial pruned, while tensors are traced: their numbers are not known.",
             code="needs-statistics",
             expected="method=Polynomial(degree=...), or statistics= measured before with korder.measure",
-            got="a tolerance without statistics=",
+            got="a tolerance without statistics=" if spec.tolerance is not None else "prune without statistics=",
             hint="with statistics the degree is chosen from them, and the certificate is not checked.",
         )
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from korder.spi import KernelOutput, OperandGradients, Operands, OutputGradients, Plan, PolynomialKernel
 from korder_torch.products import product
 
-Blocks = list[tuple[int, Tensor, Tensor]]
-"""First variable, parents, and the features that are their products."""
+Blocks = list[tuple[int, Tensor, Tensor | None, Tensor]]
+"""Column, parents or, with positions, all of the degree below, and the features that are their products."""
 
 
 class TorchPolynomialKernel(PolynomialKernel):
@@ -53,8 +53,12 @@ class TorchPolynomialKernel(PolynomialKernel):
         """Return the monomials (r, c); for the full mask in memory that the next call overwrites."""
         result, blocks = self._memory(columns)
         variables = columns.unbind(0)
-        for first, parents, rows in blocks:
-            torch.mul(variables[first], parents, out=rows)
+        for column, parents, positions, rows in blocks:
+            if positions is None:
+                torch.mul(variables[column], parents, out=rows)
+            else:
+                torch.index_select(parents, 0, positions, out=rows)
+                rows.mul_(variables[column])
         return result
 
     def _memory(self, columns: Tensor) -> tuple[Tensor, Blocks]:
@@ -70,13 +74,15 @@ class TorchPolynomialKernel(PolynomialKernel):
             self._kept.features = found  # fresh pages would cost more than the multiplications
         return found
 
-    def _blocks(self, result: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield first variable, parents and place of every block of features."""
+    def _blocks(self, result: Tensor) -> Iterator[tuple[int, Tensor, Tensor | None, Tensor]]:
+        """Yield column, parents, their positions and place of every block of features."""
         for m in range(1, self.table.degree + 1):
             parents, block = result[self.table.rows(m - 1)], result[self.table.rows(m)]
-            starts, positions = self.table.starts[m - 1], self.table.starts[m]
-            for first in range(self.table.width):
-                yield first, parents[starts[first] :], block[positions[first] : positions[first + 1]]
+            for group in self.table.children[m]:
+                if isinstance(group.parents, slice):
+                    yield group.column, parents[group.parents], None, block[group.rows]
+                else:
+                    yield group.column, parents, self.index(group.parents, result.device), block[group.rows]
 
     def running_state(self, tokens: tuple[Tensor, Tensor], carry: Tensor) -> Tensor:
         """Return carry + running sums over tokens, (c, rho, e'), in place."""
