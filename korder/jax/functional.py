@@ -156,7 +156,7 @@ def _measured(request: Request, statistics: ScoreStatistics | None) -> Request:
     if statistics is not None or not spec.measured:
         return request
     if _is_traced(request):
-        wanted = f"prune={spec.method.prune:g}" if spec.tolerance is None else f"tolerance={spec.tolerance:g}"
+        wanted = "prune=..." if spec.tolerance is None else f"tolerance={spec.tolerance:g}"
         raise UnsupportedProblemError(
             "a tolerance, or pruning, depends on numbers, which traced arrays do not have.",
             code="traced-tolerance",

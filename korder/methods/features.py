@@ -49,6 +49,8 @@ class FeatureTable:
     """starts[m][l]: position inside degree m of the first monomial whose first variable is l; one more closes it."""
     children: tuple[tuple[Children, ...], ...]
     """Per degree, by first variable; those of a variable that has none are left out."""
+    pruned: bool = False
+    """Whether monomials are left out, so that parents have to be gathered."""
 
     @property
     def features(self) -> int:
@@ -112,7 +114,7 @@ def pruned_table(pruning: Pruning) -> FeatureTable:
         starts.append(tuple(int(edge) for edge in edges))
         children.append(tuple(found))
     offsets = (0, *(int(x) for x in np.cumsum(kept.counts)))
-    return FeatureTable(width, pruning.degree, offsets, tuple(starts), tuple(children))
+    return FeatureTable(width, pruning.degree, offsets, tuple(starts), tuple(children), pruned=True)
 
 
 @lru_cache(maxsize=64)
@@ -122,8 +124,9 @@ def parents(table: FeatureTable, degree: int) -> tuple[np.ndarray, np.ndarray]:
     Shapes:  two arrays (r_m,), int64, read-only.
     """
     places = np.arange(table.offsets[degree] - table.offsets[degree - 1])
-    above = np.concatenate([places[group.parents] for group in table.children[degree]])
-    columns = np.concatenate([np.full(group.rows.stop - group.rows.start, group.column) for group in table.children[degree]])
+    groups = table.children[degree]
+    above = np.concatenate([places[group.parents] for group in groups])
+    columns = np.concatenate([np.full(group.rows.stop - group.rows.start, group.column) for group in groups])
     for array in (above, columns):
         array.flags.writeable = False
     return above, columns
@@ -153,29 +156,24 @@ def index_of(xp: Any) -> Index:
     return lambda positions, where: xp.asarray(positions.copy(), device=where)
 
 
-def polynomial_features(xp: Any, table: FeatureTable, columns: Array, index: Index | None = None) -> Array:
+def polynomial_features(xp: Any, table: FeatureTable, columns: Array) -> Array:
     """Return every monomial of the columns that the table has, features first.
 
     Shapes:  columns (width, c); output (r, c).
-    Args:    index: Makes positions arrays; a kernel's own remembers them.
-    Cost:    r c multiplications; a pruned table gathers as many entries.
+    Cost:    r c multiplications; no gather but for a pruned table.
     Source:  Alman & Song, arXiv 2310.04064, Section 4, with the rank C(width + degree, degree); layout is ours.
     """
-    index = index or index_of(xp)
+    if table.pruned:
+        index, place = index_of(xp), device(columns)
+        pairs = [parents(table, m) for m in range(1, table.degree + 1)]
+        return gathered_features(xp, table, columns, [(index(a, place), index(b, place)) for a, b in pairs])
     block = xp.ones_like(columns[:1, :])
     blocks = [block]
     for m in range(1, table.degree + 1):
-        parts = [
-            columns[group.column : group.column + 1, :] * _taken(xp, block, group.parents, index)
-            for group in table.children[m]
-        ]
+        parts = [columns[group.column : group.column + 1, :] * block[group.parents, :] for group in table.children[m]]
         block = xp.concat(parts, axis=0)
         blocks.append(block)
     return xp.concat(blocks, axis=0)
-
-
-def _taken(xp: Any, block: Array, rows: slice | np.ndarray, index: Index) -> Array:
-    return block[rows, :] if isinstance(rows, slice) else xp.take(block, index(rows, device(block)), axis=0)
 
 
 def gathered_features(xp: Any, table: FeatureTable, columns: Array, indices: list[tuple[Array, Array]]) -> Array:
@@ -197,7 +195,7 @@ def feature_adjoint(
     """Return the gradient with respect to the columns, given the one with respect to the features.
 
     Shapes:  columns and output (width, c); features and gradient (r, c).
-    Args:    index: as in `polynomial_features`.
+    Args:    index: Makes positions arrays of a device; a kernel's own remembers them.
     Cost:    2 r c multiplications; each block is visited once, highest degree first.
     """
     index = index or index_of(xp)
@@ -217,6 +215,10 @@ def feature_adjoint(
     for group in table.children[1]:
         total[group.column] = total[group.column] + block[group.rows.start, :]
     return xp.stack(total, axis=0)
+
+
+def _taken(xp: Any, block: Array, rows: slice | np.ndarray, index: Index) -> Array:
+    return block[rows, :] if isinstance(rows, slice) else xp.take(block, index(rows, device(block)), axis=0)
 
 
 def _spread(xp: Any, own: Array, places: np.ndarray | None, index: Index) -> Array:

@@ -17,6 +17,7 @@ from korder.methods.factors import Factor, Plane, plane_count, planes
 from korder.methods.features import (
     FeatureTable,
     feature_adjoint,
+    gathered_features,
     multinomials,
     parents,
     polynomial_features,
@@ -210,7 +211,7 @@ class PolynomialKernel(RunningArrays):
         # a copy, because not every library takes memory that it may not write to
         counts = xp.asarray(multinomials(self.table).copy(), dtype=xp.float64, device=device(scales))
         product = prod_arrays([scales[t, ...] for t in range(self.problem.order + 1)]) * abs(self.problem.scale)
-        return counts[:, None] * polynomial_features(xp, self.table, product[:, None], self.index)
+        return counts[:, None] * polynomial_features(xp, self.table, product[:, None])
 
     def read(self, columns: Array, features: Array, table: ReadTable) -> Reading:
         """Return the means of the score's powers at a block of rows."""
@@ -286,7 +287,10 @@ class PolynomialKernel(RunningArrays):
 
     def features(self, columns: Array) -> Array:
         """Return the monomials (r, c) of columns (w, c)."""
-        return polynomial_features(self.xp, self.table, columns, self.index)
+        if not self.table.pruned:
+            return polynomial_features(self.xp, self.table, columns)
+        indices = [self.parents(degree, device(columns)) for degree in range(1, self.table.degree + 1)]
+        return gathered_features(self.xp, self.table, columns, indices)
 
     def adjoint(self, columns: Array, features: Array, gradient: Array) -> Array:
         """Return the gradient of the columns (w, c), given that of the features (r, c)."""

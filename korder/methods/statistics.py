@@ -246,7 +246,8 @@ def _column_terms(xp: Any, problem: Problem, operands: Operands) -> list[Array]:
     terms = xp.zeros((problem.score_width,), dtype=xp.float64, device=device(operands.query))
     for plane in planes(xp, problem, operands):
         queries = xp.max(xp.stack([column_peaks(xp, query) for query in plane.queries], axis=0), axis=0)
-        terms = xp.maximum(terms, abs(problem.scale) * prod_arrays([queries, *(column_peaks(xp, key) for key in plane.keys)]))
+        peaks = [queries, *(column_peaks(xp, key) for key in plane.keys)]
+        terms = xp.maximum(terms, abs(problem.scale) * prod_arrays(peaks))
     return [terms[column] for column in range(problem.score_width)]
 
 

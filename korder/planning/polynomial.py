@@ -93,6 +93,11 @@ def _refuse_full_biases(problem: Problem) -> None:
 
 
 def coefficient_kind(problem: Problem) -> tuple[str, float | None]:
+    """Return what coefficients the method wants, and their interval if they have one.
+
+    Raises:
+        UnsupportedProblemError: An interval is wanted, and neither the method nor statistics have one.
+    """
     method = problem.spec.polynomial
     if method is None or method.coefficients == "taylor":
         return "taylor", None

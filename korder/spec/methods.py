@@ -39,7 +39,7 @@ class Polynomial(SpecModel):
     gradient: Literal["consistent", "closed_form"] = "consistent"
     """"consistent", of the function computed, or "closed_form", softmax's with the polynomial's weights; full mask."""
     prune: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Most that left-out monomials may add to a tuple's weight, exp(0) = 1; 0 keeps all; None: what a tolerance allows."""
+    """Most that monomials left out may add to a tuple's weight, 0 to keep all; a lone tolerance chooses when None."""
     estimate_rows: Annotated[int, Field(ge=0, strict=True), AsInteger] = 0
     """Rows computed exactly as well, for an estimate of the error beside the certificate."""
 

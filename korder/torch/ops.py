@@ -102,12 +102,13 @@ def require_static(spec: AttentionSpec | None, statistics: ScoreStatistics | Non
     """Raise for what only numbers can decide."""
     if spec is not None and spec.chooses:
         refuse_choice(spec)
-    if depends_on_data(spec) and statistics is None:
+    if spec is not None and depends_on_data(spec) and statistics is None:
+        what = "a tolerance" if spec.tolerance is not None else "prune"
         raise UnsupportedProblemError(
-            "a tolerance cannot be met, nor a polynomial pruned, while tensors are traced: their numbers are not known.",
+            f"{what} cannot be kept to while tensors are traced, because their numbers are not known.",
             code="needs-statistics",
             expected="method=Polynomial(degree=...), or statistics= measured before with korder.measure",
-            got="a tolerance without statistics=" if spec.tolerance is not None else "prune without statistics=",
+            got=f"{what} without statistics=",
             hint="with statistics the degree is chosen from them, and the certificate is not checked.",
         )
 

@@ -76,13 +76,11 @@ class NumpyPolynomialKernel(PolynomialKernel):
         for m in range(1, self.table.degree + 1):
             parents = result[self.table.rows(m - 1)]
             block = result[self.table.rows(m)]
+            if self.table.pruned:
+                np.take(parents, self.parents(m, "cpu")[0], axis=0, out=block, mode="clip")  # the mode that has no copy
             for group in self.table.children[m]:
                 rows = block[group.rows]
-                if isinstance(group.parents, slice):
-                    np.multiply(columns[group.column], parents[group.parents], out=rows)
-                else:
-                    np.take(parents, group.parents, axis=0, out=rows, mode="clip")
-                    rows *= columns[group.column]
+                np.multiply(columns[group.column], rows if self.table.pruned else parents[group.parents], out=rows)
         return result
 
     def adjoint(self, columns: Array, features: Array, gradient: Array) -> Array:
