@@ -16,7 +16,7 @@ from korder.problem import Problem
 from korder.spec import Polynomial
 from korder.spi import Plan
 from tests.oracle_polynomial import _factors, _live_keys, dense_scores, value_products, weighted_answer
-from tests.polynomial_cases import xp
+from tests.polynomial_cases import polynomial_case, xp
 from tests.problems import Case
 
 Array = Any
@@ -151,3 +151,9 @@ def anisotropic(case: Case, rng: np.random.Generator, reach: float) -> Case:
 def with_degree(case: Case, degree: int, **method: Any) -> Case:
     """Return a case under another polynomial."""
     return case.with_spec(method=Polynomial(degree=degree, **method))
+
+
+def pruned_case(order: int, variant: str, mask: str, *, degree: int = 4, seed: int = 0, **options: Any) -> Case:
+    """Return a polynomial case with uneven columns, but for a full weight."""
+    case = polynomial_case(order, variant, mask, degree=degree, seed=seed, **options)
+    return case if variant == "full_weight" else anisotropic(case, np.random.default_rng(seed), 1.5)
