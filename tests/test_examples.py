@@ -131,3 +131,13 @@ def test_the_tables_of_the_training_example_are_judged_right() -> None:
     for table, answers in zip(tables.unflatten(-1, (4, 3)).argmax(-1).tolist(), truth.tolist(), strict=True):
         assert len(set(map(tuple, table))) == 12
         assert set_cards.brute_force(tuple(map(tuple, table))).in_a_set == tuple(answers)
+
+
+def test_the_plots_of_the_docs_are_drawn(tmp_path: Path) -> None:
+    script = EXAMPLES.parent / "docs" / "plots" / "polynomial.py"
+    subprocess.run([sys.executable, str(script), "--quick", "--output", str(tmp_path)], check=True)
+    drawn = sorted(path.name for path in tmp_path.glob("*.svg"))
+    assert drawn == ["polynomial_crossover.svg", "polynomial_error.svg", "polynomial_time.svg"]
+    assert {path.name for path in script.parent.glob("*.svg")} == set(drawn)
+    text = (script.parents[1] / "method_polynomial.md").read_text(encoding="utf-8")
+    assert all(f"](plots/{name})" in text for name in drawn)

@@ -51,6 +51,8 @@ class Evidence:
     """Largest absolute value product plus the output, likewise."""
     largest: Array
     """Largest absolute output."""
+    farthest: Array
+    """How far a value product lies from the output, the largest over channels."""
     reach: Array
     """0-d: the sum over columns of |scale| times the products of the factors' largest entries, each doubled."""
     tuples: float
@@ -81,7 +83,7 @@ def evidence_of(xp: Any, plan: Plan, operands: Operands, output: KernelOutput) -
     assert polynomial is not None
     bounds = row_bounds(xp, problem, operands)
     live, log_weights = live_rows(xp, problem, operands)
-    spread, sizes, largest = value_sizes(xp, problem, operands, output)
+    spread, sizes, largest, farthest = value_sizes(xp, problem, operands, output)
     return Evidence(
         bounds=bounds,
         live=live,
@@ -90,6 +92,7 @@ def evidence_of(xp: Any, plan: Plan, operands: Operands, output: KernelOutput) -
         spread=spread,
         sizes=sizes,
         largest=largest,
+        farthest=farthest,
         reach=_reach(xp, problem, operands),
         tuples=float(problem.tuples),
         additions=_additions(problem, polynomial.features),
@@ -118,8 +121,6 @@ def certificate_of(xp: Any, plan: Plan, evidence: Evidence, output: KernelOutput
     left_out = left_out_bound(xp, polynomial, rows) / (1.0 - rows.relative)
     zero = xp.zeros_like(sup)
     spread, sizes = evidence.spread, evidence.sizes
-    # where all values agree nothing can go wrong, however little is known of the weights
-    approximation = xp.where(spread > 0.0, (xp.minimum(sup, moment) + left_out) * spread, 0.0 * spread)
     logarithm = xp.minimum(sup_log + _log_shift(xp, left_out), _log_shift(xp, moment + left_out))
     lost = xp.where(rows.lost > 0.0, rows.lost * xp.exp(logarithm), zero)
     inexact = rows.relative / (1.0 - rows.relative) * sizes
@@ -127,13 +128,17 @@ def certificate_of(xp: Any, plan: Plan, evidence: Evidence, output: KernelOutput
     # the last term: value products, and an output, too small for their dtype
     smallest = xp.where(sizes > 0.0, _SMALLEST_VALUES + zero, zero)
     rounding = inexact + moved + final_unit(xp, problem) * evidence.largest + smallest
+    by_sup = (sup + left_out) * spread
+    by_moment = _by_moment(xp, moment + left_out, spread, evidence.farthest + rounding)
+    # where all values agree nothing can go wrong, however little is known of the weights
+    approximation = xp.where(spread > 0.0, xp.minimum(by_sup, by_moment), 0.0 * spread)
     lse_bound = logarithm + _log_shift(xp, lost) + _log_shift(xp, rows.relative) + bounds.perturbation
     lse_bound = lse_bound + _lse_rounding(xp, output.lse, rows)
     # sums that may be half wrong say nothing; NaN stays NaN
     hopeless = xp.logical_and(live, rows.relative >= 0.5)
     infinite = xp.full_like(sup, float("inf"))
     approximation, rounding, lse_bound = (xp.where(hopeless, infinite, x) for x in (approximation, rounding, lse_bound))
-    by_moment = xp.sum(xp.astype(xp.logical_and(live, moment <= sup), xp.int64))
+    decided = xp.sum(xp.astype(xp.logical_and(live, by_moment <= by_sup), xp.int64))
     total = xp.sum(xp.astype(live, xp.int64))
     return Certificate(
         bound=xp.where(live, approximation + rounding, zero),
@@ -141,8 +146,19 @@ def certificate_of(xp: Any, plan: Plan, evidence: Evidence, output: KernelOutput
         rounding=xp.where(live, rounding, zero),
         lse_bound=xp.where(live, lse_bound, zero),
         score_range=xp.stack([xp.where(live, bounds.low, zero), xp.where(live, bounds.high, zero)], axis=3),
-        kind="moment" if bool(2 * by_moment >= total) else "sup",
+        kind="moment" if bool(2 * decided >= total) else "sup",
     )
+
+
+def _by_moment(xp: Any, moment: Array, spread: Array, farthest: Array) -> Array:
+    """Return how far the output may be off when weights are shifted by `moment` of their sum in all.
+
+    A shift of weights moves the output by that of the value products about the exact output, so by the farthest of them
+    times the shift; the exact output is no farther from the computed one than what is returned.
+    """
+    inside = xp.where(moment < 1.0, moment, xp.zeros_like(moment))
+    about = xp.where(moment < 1.0, inside / (1.0 - inside) * farthest, xp.full_like(moment, float("inf")))
+    return xp.minimum(moment * spread, xp.where(xp.isnan(moment), moment, about))
 
 
 def final_unit(xp: Any, problem: Problem) -> float:
@@ -266,13 +282,13 @@ def _value_extremes(xp: Any, plane: Plane) -> Statistic:
     return statistic
 
 
-def value_sizes(xp: Any, problem: Problem, operands: Operands, output: KernelOutput) -> tuple[Array, Array, Array]:
-    """Return, for every row, the range of value products, the largest product plus output, and the largest output.
+def value_sizes(xp: Any, problem: Problem, operands: Operands, output: KernelOutput) -> tuple[Array, ...]:
+    """Return `Evidence.spread`, `.sizes`, `.largest` and `.farthest` of every row.
 
     Each is the largest over channels, (b, h, n) float64, over the keys that the row sees; the ranges are attained.
     """
     sight, width = Sight.of(problem, operands), problem.value_width
-    pieces: list[dict[tuple[int, int], list[Array]]] = [{}, {}, {}]
+    pieces: list[dict[tuple[int, int], list[Array]]] = [{}, {}, {}, {}]
     for plane in planes(xp, problem, operands):
         for start, stop, extremes in visible_maxima(xp, sight, _value_extremes(xp, plane)):
             low, high = product_range(xp, extremes, width)
@@ -280,17 +296,17 @@ def value_sizes(xp: Any, problem: Problem, operands: Operands, output: KernelOut
                 parts = row_sizes(xp, low, high, output.output[plane.batch, head, start:stop, :])
                 for store, part in zip(pieces, parts, strict=True):
                     store.setdefault((plane.batch, head), []).append(part)
-    spread, sizes, largest = (assemble(xp, store, problem, device(operands.query)) for store in pieces)
-    return spread, sizes, largest
+    return tuple(assemble(xp, store, problem, device(operands.query)) for store in pieces)
 
 
-def row_sizes(xp: Any, low: Array, high: Array, output: Array) -> tuple[Array, Array, Array]:
-    """Return `Evidence.spread`, `.sizes` and `.largest` of rows, given their extreme value products and their output.
+def row_sizes(xp: Any, low: Array, high: Array, output: Array) -> tuple[Array, ...]:
+    """Return what `value_sizes` does for rows, given their extreme value products and their output.
 
-    Shapes:  low and high (e, c) or (e, 1); output (c, e); each of the three (c,).
+    Shapes:  low and high (e, c) or (e, 1); output (c, e); each of the four (c,).
     """
-    # an output of 16 bits was rounded once more
-    shown = 1.01 * xp.abs(xp.permute_dims(xp.astype(output, xp.float64), (1, 0)))
+    given = xp.permute_dims(xp.astype(output, xp.float64), (1, 0))
+    shown = 1.01 * xp.abs(given)  # an output of 16 bits was rounded once more
+    around = xp.maximum(high - given, given - low) * (1.0 + 1e-14) + (shown - xp.abs(given))
     largest = xp.maximum(xp.abs(low), xp.abs(high)) + shown
     ranges = xp.broadcast_to(xp.max(high - low, axis=0) * (1.0 + 1e-14), (output.shape[0],))
-    return ranges, xp.max(largest, axis=0), xp.max(shown, axis=0)
+    return ranges, xp.max(largest, axis=0), xp.max(shown, axis=0), xp.max(around, axis=0)

@@ -33,7 +33,7 @@ def certify_exact(xp: Any, problem: Problem, operands: Operands, output: KernelO
     operands = replace(operands, biases=(None,) * problem.order)
     bounds = row_bounds(xp, problem, operands)
     live = output.lse != -float("inf")
-    spread, sizes, largest = value_sizes(xp, problem, operands, output)
+    spread, sizes, largest, _ = value_sizes(xp, problem, operands, output)
     unit = 0.5 * float(xp.finfo(getattr(xp, problem.accumulation)).eps)
     zero = xp.zeros_like(sizes)
     moved = (problem.score_width + problem.order + 8) * unit * (bounds.reach + added) + bounds.perturbation

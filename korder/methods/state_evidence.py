@@ -40,7 +40,7 @@ def evidence_of_state(xp: Any, plan: Plan, state: State, query: Array, output: K
         sizes += [row_sizes(xp, low, high, output.output[batch, head, ...]) for batch, head in heads]
         peaks = xp.stack([queries[plane, :], *(mode.peaks[plane, :] for mode in state)], axis=0)
         reach = xp.maximum(reach, reach_of_peaks(xp, problem, peaks))
-    spread, both, largest = (_by_row(xp, [part[i] for part in sizes], query) for i in range(3))
+    spread, both, largest, farthest = (_by_row(xp, [part[i] for part in sizes], query) for i in range(4))
     return Evidence(
         bounds=state_bounds(xp, problem, state, query),
         live=log_weights > -float("inf"),
@@ -49,6 +49,7 @@ def evidence_of_state(xp: Any, plan: Plan, state: State, query: Array, output: K
         spread=spread,
         sizes=both,
         largest=largest,
+        farthest=farthest,
         reach=reach,
         tuples=prod(float(mode.length) for mode in state),
         additions=(float(polynomial.features), *(float(mode.joins) for mode in state)),
