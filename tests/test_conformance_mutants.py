@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from korder.conformance.attempts import ask, attempt
 from korder.conformance.levels import CHECKS, Item, items, subjects
-from korder.conformance.run import ask, attempt
 from tests.mutants import Mutant
 from tests.mutants_contract import CONTRACT
 from tests.mutants_forward import FORWARD
