@@ -105,6 +105,8 @@ class SplitPlan:
     """Rows that are expected to miss the tolerance, a head."""
     degree: int
     """Degree of the polynomial; its certificate decides which rows are computed exactly."""
+    prune: float = 0.0
+    """How much the monomials that it leaves out may add; 0 where it has all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +129,8 @@ class Plan:
         """The method, with the degree or the number of outliers if it has any."""
         if self.split is not None:
             keys = " + ".join(map(str, self.split.keys))
-            return f"split: degree {self.split.degree}, {keys} keys, {self.split.rows} rows"
+            pruned = " pruned" if self.split.prune else ""
+            return f"split: degree {self.split.degree}{pruned}, {keys} keys, {self.split.rows} rows"
         if self.polynomial is None:
             return self.method
         pruned = f", pruned to {self.polynomial.features} features" if self.polynomial.pruning is not None else ""
