@@ -166,9 +166,15 @@ def residuals_fix_statistics(subject: Subject, case: Case) -> None:
 def backward_matches(subject: Subject, case: Case) -> None:
     """Gradients are those that the plan names: of the polynomial with its centre held constant, or the closed form."""
     pair = upstream(case)
-    found, given = subject.backward(case, *pair)
-    transform = transform_of(case, found)
-    condition = GRADIENT * _condition(truth_of(case, transform))
+    if case.spec.polynomial is not None and case.spec.polynomial.gradient == "consistent":
+        found, truth, _, _ = _made(subject, case)
+        _, given = subject.backward(case, *pair, found=found)
+        transform = transform_of(case, found)
+    else:
+        found, given = subject.backward(case, *pair)
+        transform = transform_of(case, found)
+        truth = truth_of(case, transform)
+    condition = GRADIENT * _condition(truth)
     compare_gradients(subject, case, named_gradients(given), pair, transform, condition=condition)
 
 

@@ -115,11 +115,12 @@ class Subject:
         lse_gradient: Array | None,
         *,
         needs: frozenset[str] = NEEDS,
+        found: Found | None = None,
     ) -> tuple[Found, OperandGradients]:
-        """Return the result of a case and the gradients for upstream gradients given in numpy."""
+        """Return the result of a case, unless it was saved before, and the gradients for those given in numpy."""
         kernel, operands = self.kernel(case), self.operands(case)
         with np.errstate(all="ignore"):
-            found = self.read(kernel.forward(operands, save=True))
+            found = found or self.read(kernel.forward(operands, save=True))
             grads = self.upstream(case, found, output_gradient, lse_gradient)
             return found, kernel.backward(operands, found.raw, grads, needs=needs)
 
