@@ -41,7 +41,7 @@ def true_rests(case: Case, plan: Plan) -> list[Array]:
     return [np.where(live, rest, 0).max(-1, initial=0) for rest in rests]
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(20))
 def test_what_is_left_out_is_bounded_power_by_power(seed: int) -> None:
     rng = np.random.default_rng(seed)
     order, dtype = 1 + seed % 3, "float32" if seed % 2 else "float64"
@@ -160,8 +160,8 @@ def judge_many(seeds: range, dtype: str) -> dict[str, int]:
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_bounds_hold_whatever_is_left_out(dtype: str) -> None:
-    counts = judge_many(range(150), dtype)
-    assert counts["useful"] > 60, counts
+    counts = judge_many(range(100), dtype)
+    assert counts["useful"] > 40, counts
 
 
 @pytest.mark.heavy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from math import comb
 from typing import Any
@@ -13,8 +14,13 @@ import torch
 import korder
 from korder.errors import SpecError, UnsupportedProblemError
 from korder.planning.candidates import candidate_plans
+from korder.planning.polynomial import backward_workspace
 from korder.spec import AttentionSpec, Polynomial
-from tests.polynomial_cases import polynomial_case
+from korder.spi import NEEDS, OutputGradients
+from korder_numpy.polynomial import NumpyPolynomialKernel
+from tests.kernels import flat
+from tests.polynomial_cases import polynomial_case, xp
+from tests.problems import Case
 from tests.pruned_cases import measured, pruned_case, pruned_plan, with_degree
 
 Array = Any
@@ -196,3 +202,77 @@ def test_a_backend_that_has_no_pruning_refuses_it_and_gets_all_monomials() -> No
     assert any("features=pruned" in str(rejection) for rejection in found.provenance.rejected)
     with pytest.raises(UnsupportedProblemError, match="features=pruned"):
         korder.attend(query, keys, values, spec=spec_of(scale, degree=4, prune=0.01), backend="plain_numpy")
+
+
+def test_auto_has_the_pruned_polynomial_among_its_candidates_and_takes_it() -> None:
+    query, keys, values, scale = smooth_operands(400, 10, 3.0)
+    spec = AttentionSpec(order=2, scale=scale, method=korder.Auto(tolerance=1e-4))
+    found = korder.attend_result(query, keys, values, spec=spec)
+    assert found.provenance is not None
+    plan = found.provenance.plan
+    assert plan.split is not None
+    assert plan.split.prune > 0
+    assert "pruned, 0 + 0 keys" in plan.name
+    assert any(text.startswith("split: degree") and "pruned" not in text for text in found.provenance.candidates)
+    exact = korder.attend(query, keys, values, spec=AttentionSpec(order=2, scale=scale))
+    spread = float(np.ptp((values[0][:, None, :] * values[1][None, :, :]).reshape(-1, 5), axis=0).max())
+    assert np.abs(found.output - exact).max() <= 1e-4 * spread
+
+
+def test_tensors_carry_the_statistics_that_pruning_goes_by() -> None:
+    query, keys, values, scale = smooth_operands(13, 5, 2.0)
+    spec = spec_of(scale, degree=4, prune=0.01)
+    statistics = korder.measure(query, keys, values, spec=spec)
+    assert len(statistics.columns) == 5
+    q, k, v = torch.asarray(query), tuple(map(torch.asarray, keys)), tuple(map(torch.asarray, values))
+    whole = korder.attend(query, keys, values, spec=spec_of(scale, degree=4))
+    expected = korder.attend(query, keys, values, spec=spec, statistics=statistics)
+    assert np.abs(expected - whole).max() > 1e-9
+    for known in (None, statistics):
+        np.testing.assert_allclose(korder.attend(q, k, v, spec=spec, statistics=known).numpy(), expected, atol=1e-14)
+    mapped = torch.func.vmap(lambda x: korder.attend(x, k, v, spec=spec, statistics=statistics))(q[None])
+    np.testing.assert_allclose(mapped[0].numpy(), expected, atol=1e-14)
+
+
+def test_second_derivatives_of_a_pruned_polynomial() -> None:
+    query, keys, values, scale = smooth_operands(4, 3, 2.0)
+    spec = spec_of(3 * scale, degree=4, prune=0.1)
+    statistics = korder.measure(query, keys, values, spec=spec)
+    fixed = (tuple(torch.asarray(x[:3]) for x in keys), tuple(torch.asarray(x[:3, :2]) for x in values))
+
+    def attended(x: torch.Tensor) -> torch.Tensor:
+        return korder.attend(torch.asarray(query), fixed[0], (x, fixed[1][1]), spec=spec, statistics=statistics)
+
+    leaf = fixed[1][0].clone().requires_grad_()
+    assert torch.autograd.gradcheck(attended, (leaf,), fast_mode=True)
+    assert torch.autograd.gradgradcheck(attended, (leaf,), fast_mode=True)
+
+
+def test_the_workspace_of_a_pruned_plan_is_that_of_what_it_keeps() -> None:
+    rng = np.random.default_rng(0)
+    sizes = np.arange(1.0, 13.0) ** -0.5
+    query, *keys = ((rng.uniform(-1, 1, (1, 1, 2000, 12)) * sizes).astype("float32") for _ in range(3))
+    values = tuple(rng.normal(size=(1, 1, 2000, 8)).astype("float32") for _ in range(2))
+    spec = AttentionSpec(order=2, scale=0.5, method=Polynomial(degree=4, prune=0.003))
+    case = Case(spec=spec, query=query, keys=tuple(keys), values=values, biases=(None, None), key_masks=(None, None))
+    (plan,) = candidate_plans(measured(case))
+    assert plan.polynomial is not None
+    assert plan.polynomial.pruning is not None
+    operands = case.operands()
+    kernel = NumpyPolynomialKernel(xp, plan)
+    saved = kernel.forward(operands, save=True)
+    tracemalloc.start()
+    forward = kernel.forward(operands, save=False)
+    outputs = sum(
+        x.nbytes for x in (forward.output, forward.lse, forward.normaliser, forward.moments, forward.magnitude)
+    )
+    peak = tracemalloc.get_traced_memory()[1] - outputs
+    assert 0.5 * kernel.workspace_bytes <= peak <= 1.2 * kernel.workspace_bytes
+    del forward
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    found = kernel.backward(operands, saved, OutputGradients(np.ones_like(saved.output)), needs=NEEDS)
+    peak = tracemalloc.get_traced_memory()[1] - before - sum(x.nbytes for x in flat(found).values())
+    tracemalloc.stop()
+    planned = backward_workspace(plan.problem, 4, plan.polynomial.chunk, plan.polynomial.pruning)
+    assert 0.4 * planned <= peak <= 1.2 * planned, (peak, planned)
