@@ -59,6 +59,10 @@ class ScoreStatistics:
     """Largest root of the mean squared centred score of a row; 0 when it was not measured."""
     levels: tuple[OutlierLevel, ...] = ()
     """Ways to set outliers aside, lowest threshold first; measured for methods that choose among them."""
+    columns: tuple[float, ...] = ()
+    """Of each column, the largest absolute term that it adds to a score; empty where there are too many columns."""
+    centres: tuple[float, float] = (0.0, 0.0)
+    """The lowest and the highest centre of a row."""
 
 
 @dataclass(frozen=True, slots=True)

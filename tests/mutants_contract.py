@@ -104,6 +104,12 @@ def lower_degree(plan: Plan, make: Any) -> Any:
     return make(replace(plan, polynomial=less))
 
 
+def all_monomials(plan: Plan, make: Any) -> Any:
+    if plan.polynomial is None:
+        return make(plan)
+    return make(replace(plan, polynomial=replace(plan.polynomial, pruning=None)))
+
+
 class Unchecked(PolynomialKernel):
     def check_normaliser(self, mean: Array, live: Array) -> None:
         """Lets anything pass."""
@@ -275,6 +281,9 @@ CONTRACT: dict[str, Mutant] = {
     "closed form always": Mutant(
         "the gradient is the closed form where the consistent one was asked for", ("polynomial.gradient",),
         compiled=with_gradient("closed_form"),
+    ),
+    "pruning ignored": Mutant(
+        "all monomials are computed with where a plan leaves some out", ("polynomial.pruned",), compiled=all_monomials
     ),
     "state forgets": Mutant(
         "a state has only the keys that came last", ("polynomial.state",), facts={"polynomial_kernel": Forgetful}

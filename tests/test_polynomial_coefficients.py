@@ -21,8 +21,9 @@ from korder.planning.coefficients import (
     taylor_coefficients,
     taylor_remainder,
 )
-from korder.planning.polynomial import exact_flops, feature_count, polynomial_degrees, polynomial_plan
-from korder.problem import ScoreStatistics, Shapes, make_problem
+from korder.planning.degrees import tolerance_plans
+from korder.planning.polynomial import exact_flops, feature_count, polynomial_plan
+from korder.problem import Problem, ScoreStatistics, Shapes, make_problem
 from korder.spec import AttentionSpec, Polynomial
 
 ERRORS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -121,6 +122,12 @@ def problem(method: Polynomial, *, statistics: ScoreStatistics | None = None, n:
         "float32",
         statistics=statistics,  # type: ignore[arg-type]
     )
+
+
+def polynomial_degrees(given: Problem) -> tuple[int, ...]:
+    method = given.spec.polynomial
+    assert method is not None
+    return tuple(plan.polynomial.degree for plan in tolerance_plans(given, method) if plan.polynomial is not None)
 
 
 def test_plan_counts_features_flops_and_state() -> None:

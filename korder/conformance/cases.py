@@ -14,7 +14,7 @@ import numpy as np
 from korder.conformance.limits import as_dtype
 from korder.planning.candidates import candidate_plans
 from korder.planning.plan import Plan
-from korder.problem import Problem, Shapes, make_problem
+from korder.problem import Problem, ScoreStatistics, Shapes, make_problem
 from korder.spec import AttentionSpec
 
 Array = Any
@@ -32,6 +32,7 @@ class Case:
         name: Unlike that of every other case of the same check.
         small_blocks: Whether the plan's blocks are made so small that there are several of everything.
         extra: Whatever the check wants to know of the case.
+        statistics: What its plan is made by, where it is not by shapes alone.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Case:
     key_offsets: tuple[int, ...] = ()
     small_blocks: bool = False
     extra: Any = None
+    statistics: ScoreStatistics | None = None
 
     @property
     def order(self) -> int:
@@ -72,7 +74,7 @@ class Case:
             key_masks=tuple(_mask_shape(mask, self.keys[0].shape[1]) for mask in self.key_masks),
             offsets_given=True,
         )
-        return make_problem(self.spec, shapes, self.dtype, self.device)
+        return make_problem(self.spec, shapes, self.dtype, self.device, self.statistics)
 
     def good_to(self, dtype: str) -> str:
         """Return the dtype that a sum is good to: that of the accumulation where it is held in a wider one."""

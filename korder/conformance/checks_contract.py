@@ -10,7 +10,7 @@ from dataclasses import replace
 from importlib.metadata import entry_points
 
 from korder.conformance.cases import Case
-from korder.conformance.claims import CORE_ORDERS, MASKS, Claims
+from korder.conformance.claims import CORE_ORDERS, MASKS, Claims, uneven
 from korder.conformance.limits import require
 from korder.conformance.records import Check, RefusedError, UnverifiedError
 from korder.conformance.subject import Subject
@@ -29,6 +29,7 @@ _WORDS = {
     "biases": frozenset({"key", "full"}),
     "weights": frozenset({"cp", "full"}),
     "closed_form": frozenset(MASKS),
+    "pruned": frozenset(MASKS),
 }
 
 
@@ -220,6 +221,8 @@ def _outside_method(outside: object, support: MethodSupport) -> Iterable[Case]:
         if mask in support.masks and mask not in support.closed_form:
             closed = {"method": Polynomial(degree=2, gradient="closed_form")}
             yield make(f"{mask} closed form", method=name, mask=mask, spec=closed)
+        if mask in support.masks and mask not in support.pruned:
+            yield uneven(make(f"{mask} pruned", method=name, mask=mask))
 
 
 CHECKS = (

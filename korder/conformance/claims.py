@@ -6,8 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from korder.conformance.cases import Case, Options, random_case
-from korder.problem import FLOAT_DTYPES
+from korder.conformance.limits import as_dtype
+from korder.problem import FLOAT_DTYPES, ScoreStatistics
 from korder.spec import AttentionSpec, Polynomial
 from korder.spi.capabilities import Capabilities, MethodSupport
 
@@ -21,6 +24,8 @@ MASKS: dict[str, Any] = {
 WINDOWS = (4, 6, 5, 3, 3, 3)
 KEY_OFFSETS = (6, 2, 5, 1, 0, 2)
 DEGREES = {1: 5, 2: 4, 3: 2}
+PRUNED_MASS = 0.1
+"""What may be left out: far more than rounding, and as much as makes a third of the monomials go at least."""
 _WIDTHS = ("float64", "float32", "bfloat16", "float16")
 _FEW_HEADS: dict[str, Any] = {"heads": 2, "queries": 7}
 _SMALL: dict[str, Any] = {"query_width": 2, "value_width": 3, "queries": 11}
@@ -191,6 +196,20 @@ def combinations(claims: Claims, method: str) -> Iterable[Case]:
                     size = _SMALLER if order > len(CORE_ORDERS) else {}
                     extra = {"small_blocks": number % 3 == order % 3, **size, **offsets, **options}
                     yield claims.case(f"{label} combined", order, method=method, mask=mask, dtype=dtype, **extra)
+
+
+def uneven(case: Case) -> Case:
+    """Return a case whose columns matter less and less, in an order of its own, with the plan that this allows."""
+    width = case.query.shape[-1]
+    sizes = np.roll(0.4 ** np.arange(width), 2)
+    case = replace(case, query=as_dtype(case.query * sizes, case.dtype))
+    peaks = [np.max(np.abs(x), axis=(0, 1, 2)) for x in (case.query, *case.keys)]
+    terms = np.prod(peaks, axis=0) * 2.0
+    reach = float(np.sum(terms)) / 2.0
+    columns = tuple(float(x) for x in terms / reach)
+    measured = ScoreStatistics(-2.0, 2.0, 2.0, 0.5, columns=columns, centres=(-0.2, 0.2))
+    method = Polynomial(degree=4, prune=PRUNED_MASS)
+    return replace(with_spec(case, scale=1.0 / reach, method=method), statistics=measured)
 
 
 def inside_masks(claims: Claims, method: str) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from korder.conformance import (
     checks_edge,
     checks_gradient,
     checks_polynomial,
+    checks_pruned,
     checks_relation,
     checks_state,
     checks_value,
@@ -31,6 +32,7 @@ CHECKS: tuple[Check, ...] = (
     *checks_gradient.CHECKS,
     *checks_polynomial.CHECKS,
     *checks_state.CHECKS,
+    *checks_pruned.CHECKS,
     *checks_edge.CHECKS,
 )
 DEPTHS = ("quick", "full")

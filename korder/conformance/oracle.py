@@ -15,6 +15,7 @@ import numpy as np
 
 from korder.conformance.cases import Case
 from korder.conformance.limits import REFERENCE, as_dtype
+from korder.conformance.monomials import Monomial, about, kept_powers, kept_slopes
 
 Array = Any
 WAYS = ("forward", "backward")
@@ -37,6 +38,8 @@ class Transform:
     centre: Array
     closed_form: bool = False
     """Whether gradients have the polynomial itself in the place of its derivative, as exp is its own."""
+    monomials: tuple[Monomial, ...] = ()
+    """Those that are kept, of scores without a weight; empty for all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,10 @@ class Answer:
     shares: Array
     """Weights over their sum, 0 where a tuple may not be attended to."""
     slopes: Array
-    """Derivatives of the weights with respect to the score, or what stands in their place, over the same sum."""
+    """Derivatives of the weights with respect to the score, or what stands in their place, over the same sum.
+
+    With monomials left out, with respect to each of its terms, on a further axis.
+    """
 
 
 def live_tuples(case: Case) -> Array:
@@ -160,6 +166,14 @@ def scores_of(case: Case, dtype: Any = REFERENCE, *, absolute: bool = False, way
     return total if way == "backward" else total * dtype(scale)
 
 
+def column_terms(case: Case, dtype: Any = REFERENCE, *, absolute: bool = False, way: str = "") -> Array:
+    """Return the terms of the scores, one for each column on a further axis; of scores without a weight."""
+    assert case.weight is None
+    factors = list(score_factors(case, dtype).values())
+    terms = _sum_of_products(factors, "bhi" + MODES[: case.order] + "r", way) * dtype(case.scale)
+    return np.abs(terms) if absolute else terms
+
+
 def _projected(case: Case, dtype: Any) -> list[tuple[Array, str]]:
     """Return the k + 1 factors whose columns make the monomials: operands already through the weight."""
     factors = score_factors(case, dtype)
@@ -194,20 +208,33 @@ def answer(case: Case, dtype: Any = REFERENCE, transform: Transform | None = Non
             weights = slopes = np.exp(logits - _rows(reference, case.order))
         else:
             reference = transform.centre.astype(dtype)
-            coefficients = np.asarray(transform.coefficients, dtype)
-            centred = scores - _rows(reference, case.order)
             open_weights = np.where(live, np.exp(bias), 0.0).astype(dtype)
-            weights = open_weights * np.polynomial.polynomial.polyval(centred, coefficients)
-            slope = coefficients if transform.closed_form else _derivative(coefficients)
-            slopes = open_weights * np.polynomial.polynomial.polyval(centred, slope)
+            weights, slopes = _polynomial(case, transform, scores, way)
+            weights = open_weights * weights
+            slopes = (open_weights if slopes.ndim == weights.ndim else open_weights[..., None]) * slopes
         total = weights.sum(axis=axes)
         any_live = live.any(axis=axes)
         lse = np.where(any_live, reference + np.log(np.where(any_live, total, 1.0)), -np.inf)
     divisor = _rows(np.where(any_live, total, 1.0), case.order)
-    shares, slopes = (weights / divisor).astype(dtype), (slopes / divisor).astype(dtype)
+    shares = (weights / divisor).astype(dtype)
+    slopes = (slopes / (divisor if slopes.ndim == weights.ndim else divisor[..., None])).astype(dtype)
     factors = list(value_factors(case, dtype).values())
     output = _sum_of_products([(shares, "bhi" + MODES[: case.order]), *factors], "bhie", way)
     return Answer(output, lse, total, shares, slopes)
+
+
+def _polynomial(case: Case, transform: Transform, scores: Array, way: str) -> tuple[Array, Array]:
+    """Return the polynomial of the centred scores, and its derivatives."""
+    coefficients = np.asarray(transform.coefficients, scores.dtype)
+    centre = _rows(transform.centre.astype(scores.dtype), case.order)
+    if not transform.monomials:
+        slope = coefficients if transform.closed_form else _derivative(coefficients)
+        centred = scores - centre
+        return np.polynomial.polynomial.polyval(centred, coefficients), np.polynomial.polynomial.polyval(centred, slope)
+    terms, degree = column_terms(case, scores.dtype.type, way=way), len(coefficients) - 1
+    weights = about(kept_powers(terms, transform.monomials, degree), -centre)
+    slopes = about(kept_slopes(terms, transform.monomials, degree), -centre[..., None])
+    return np.tensordot(coefficients, np.stack(weights), axes=1), np.tensordot(coefficients, np.stack(slopes), axes=1)
 
 
 def _rows(x: Array, order: int) -> Array:
@@ -236,11 +263,12 @@ def gradients(
     inner = inner - _rows((upstream * found.output).sum(-1), order)
     if lse_gradient is not None:
         inner = inner + _rows(lse_gradient.astype(dtype), order)
-    score_gradient, logit_gradient = found.slopes * inner * dtype(case.scale), found.shares * inner
+    logit_gradient, columns = found.shares * inner, "r" if found.slopes.ndim > inner.ndim else ""
+    score_gradient = found.slopes * (inner[..., None] if columns else inner) * dtype(case.scale)
     result = {}
     for name, (_, subscripts) in scores.items():
         others = [factor for other, factor in scores.items() if other != name]
-        result[name] = _sum_of_products([(score_gradient, "bhi" + modes), *others], subscripts, way)
+        result[name] = _sum_of_products([(score_gradient, "bhi" + modes + columns), *others], subscripts, way)
     for name, (_, subscripts) in values.items():
         others = [factor for other, factor in values.items() if other != name]
         result[name] = _sum_of_products([(found.shares, "bhi" + modes), (upstream, "bhie"), *others], subscripts, way)

@@ -12,7 +12,8 @@ import numpy as np
 
 from korder.conformance.cases import Case
 from korder.conformance.limits import REFERENCE
-from korder.conformance.oracle import Transform, answer, bias_of, live_tuples, scores_of
+from korder.conformance.monomials import about, kept_powers, monomials_of
+from korder.conformance.oracle import Transform, answer, bias_of, column_terms, live_tuples, scores_of
 from korder.conformance.subject import Found
 
 Array = Any
@@ -58,9 +59,10 @@ def centre_of(case: Case, found: Found) -> Array:
 
 def transform_of(case: Case, found: Found) -> Transform:
     """Return the polynomial that a kernel computed with."""
-    plan = case.plan().polynomial
-    assert plan is not None
-    return Transform(plan.values, centre_of(case, found), closed_form=plan.gradient == "closed_form")
+    plan = case.plan()
+    assert plan.polynomial is not None
+    closed_form = plan.polynomial.gradient == "closed_form"
+    return Transform(plan.polynomial.values, centre_of(case, found), closed_form, monomials_of(plan))
 
 
 def truth_of(case: Case, transform: Transform, dtype: Any = REFERENCE, way: str = "") -> Truth:
@@ -72,13 +74,26 @@ def truth_of(case: Case, transform: Transform, dtype: Any = REFERENCE, way: str 
     count = weights.sum(axis=axes)
     safe = np.where(count == 0, 1, count).astype(dtype)
     shift = transform.centre.astype(dtype)[rows]
-    centred, absolute = scores_of(case, dtype, way=way) - shift, scores_of(case, dtype, absolute=True) + np.abs(shift)
-    powers = [centred**0]
-    for _ in transform.coefficients[1:]:
-        powers.append(powers[-1] * centred)
+    powers = _powers(case, transform, dtype, -shift, way)
     moments = np.stack([(weights * power).sum(axis=axes) / safe for power in powers], axis=-1)
     found = answer(case, dtype, transform, way=way)
-    sizes = np.polynomial.polynomial.polyval(absolute, np.abs(np.asarray(transform.coefficients, dtype)))
+    absolute = np.stack(_powers(case, transform, dtype, np.abs(shift), absolute=True))
+    sizes = np.tensordot(np.abs(np.asarray(transform.coefficients, dtype)), absolute, axes=1)
     total = np.where(found.total == 0, 1, found.total)
     shrink = np.exp(-bias_maxima(case)).astype(dtype)
     return Truth(found.output, found.total * shrink, moments, (weights * sizes).sum(axis=axes) / total)
+
+
+def _powers(
+    case: Case, transform: Transform, dtype: Any, shift: Array, way: str = "", *, absolute: bool = False
+) -> list[Array]:
+    """Return the powers, up to the degree, of scores moved by a shift; of the kept monomials where some are not."""
+    degree = len(transform.coefficients) - 1
+    if transform.monomials:
+        terms = column_terms(case, dtype, absolute=absolute, way=way)
+        return about(kept_powers(terms, transform.monomials, degree), shift)
+    moved = scores_of(case, dtype, absolute=absolute, way=way) + shift
+    powers = [moved**0]
+    for _ in range(degree):
+        powers.append(powers[-1] * moved)
+    return powers

@@ -60,13 +60,17 @@ def _refuse(spec: AttentionSpec, method: Polynomial) -> None:
             got=f"mask={spec.mask.kind}",
             hint="method Exact() keeps the keys themselves and takes every mask.",
         )
-    needs_keys = {"on_exceed": method.on_exceed == "exact", "estimate_rows": method.estimate_rows > 0}
+    needs_keys = {
+        "on_exceed": method.on_exceed == "exact",
+        "estimate_rows": method.estimate_rows > 0,
+        "prune": bool(method.prune),
+    }
     for name, given in needs_keys.items():
         if given:
             raise UnsupportedProblemError(
                 f"{name} = {getattr(method, name)!r} needs the keys, which a polynomial state does not keep.",
                 code="decode-unsupported",
-                expected='on_exceed="raise" or "warn", and estimate_rows=0',
+                expected='on_exceed="raise" or "warn", estimate_rows=0 and prune=0',
                 got=f"{name}={getattr(method, name)!r}",
                 hint="keep a second state with method Exact() for such queries.",
             )

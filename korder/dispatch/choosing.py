@@ -166,7 +166,8 @@ class Choice:
             error = outliers.expected_errors(host, light.problem, light.known, (degree,))[0]
             hopeless = host.logical_not(error <= outliers.HOPELESS * POLYNOMIAL_SHARE * tolerance)
             operands = outliers.without_queries(light.xp, light.operands, hopeless)
-            whole = self._merged([self._attend(operands, Polynomial(degree=degree)), *parts])
+            method = Polynomial(degree=degree, prune=split.prune or None)
+            whole = self._merged([self._attend(operands, method), *parts])
             (certificate,) = on_host(self.request.array_kind, whole.certificate)[1]
             missing = host.logical_or(hopeless, missing_rows(host, certificate, known, tolerance))
             count = outliers.largest_count(host, missing)

@@ -67,7 +67,7 @@ def make_request(
     spec, backend = resolve_spec(spec, len(given.keys), weighted=weight is not None), checked_backend_name(backend)
     problem = make_problem(spec, given.shapes, given.dtype, given.device, statistics)
     request = Request(problem, to_kernel_layout(given, spec), given.kind, backend)
-    if measured and statistics is None and spec.tolerance is not None:
+    if measured and statistics is None and spec.measured:
         request = replace(request, problem=replace(problem, statistics=measure_request(request)))
     return given, request
 

@@ -19,6 +19,9 @@ from korder.spec import Polynomial
 from korder.spi.operands import KernelOutput, Operands
 from korder.spi.progress import PROGRESS
 
+NARROW_MISS = 1.5
+"""Times the tolerance up to which what a pruned polynomial leaves out may be the reason that it is missed."""
+
 if TYPE_CHECKING:
     from korder.methods.tolerances import ToleranceCheck
 
@@ -130,6 +133,7 @@ class _Attempt:
 def _next_plan(prepared: Prepared, first: int, attempt: _Attempt) -> int:
     """Return the rank of the plan to try next.
 
+    No degree is tried again but with all monomials, where the share of those that were left out may have been too much.
     Higher degrees are passed over where rounding alone misses; the best that can be had, for a warning, is where
     rounding is the larger part.
     """
@@ -139,7 +143,19 @@ def _next_plan(prepared: Prepared, first: int, attempt: _Attempt) -> int:
     if check is not None and check.rounding_alone and (check.part == "rounding" or not warns):
         while following < len(prepared.plans) and prepared.plans[following].polynomial is not None:
             following += 1
+    while following < len(prepared.plans) and _is_hopeless(prepared.plans[following], attempt):
+        following += 1
     return following
+
+
+def _is_hopeless(plan: Plan, attempt: _Attempt) -> bool:
+    """Whether a plan will miss as well, because the attempt did."""
+    tried = attempt.plan.polynomial
+    if plan.polynomial is None or tried is None or attempt.check is None:
+        return False
+    if plan.polynomial.degree != tried.degree:
+        return plan.polynomial.degree < tried.degree
+    return plan.polynomial.pruning is not None or tried.pruning is None or attempt.check.ratio > NARROW_MISS
 
 
 def _attempt(request: Request, prepared: Prepared, output: KernelOutput, *, certify: bool) -> _Attempt:

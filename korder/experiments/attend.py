@@ -91,8 +91,8 @@ class Report:
 
 
 def plans_of(run: AttendRun, placement: Placement) -> tuple[Plan, ...]:
-    """Return the ranked plans of a run; arrays are made only where a tolerance has to look at them."""
-    if run.attention.tolerance is None:
+    """Return the ranked plans of a run; arrays are made only where the method has to look at them."""
+    if not run.attention.measured:
         known, statistics = outline(run), None
     else:
         inputs = build_inputs(run)

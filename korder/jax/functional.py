@@ -153,14 +153,15 @@ def _measured(request: Request, statistics: ScoreStatistics | None) -> Request:
             got=f"method={spec.method.kind}",
             hint="numpy.asarray(array) goes through NumPy, without gradients.",
         )
-    if statistics is not None or spec.tolerance is None:
+    if statistics is not None or not spec.measured:
         return request
     if _is_traced(request):
+        wanted = "prune=..." if spec.tolerance is None else f"tolerance={spec.tolerance:g}"
         raise UnsupportedProblemError(
-            "a tolerance depends on numbers, which traced arrays do not have.",
+            "a tolerance, or pruning, depends on numbers, which traced arrays do not have.",
             code="traced-tolerance",
             expected="Polynomial(degree=...), or statistics= of such operands",
-            got=f"{type(spec.method).__name__}(tolerance={spec.tolerance:g}) under jit, vmap or grad",
+            got=f"{type(spec.method).__name__}({wanted}) under jit, vmap or grad",
             hint="statistics = korder.measure(...) outside, then statistics=statistics here; the result is unchecked.",
         )
     from korder.dispatch.request import measure_request

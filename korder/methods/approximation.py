@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from math import factorial, prod
 from typing import Any
 
+from korder.methods.readings import centred_coefficients, centred_powers
 from korder.planning.coefficients import critical_points, moment_constants
 from korder.planning.plan import PolynomialPlan
 
 Array = Any
 UNIT64 = 2.0**-53
+_SUMMED = 1e-12
 _SERIES = 120
 _SERIES_REACH = 30.0
 _NARROWEST = 1e-3
@@ -35,6 +37,10 @@ class RowFacts:
     """Bound on the rounding of sums, relative to the sum of the polynomial."""
     lost: Array
     """Bound on the sum over tuples whose weight was dropped, relative to the sum of the polynomial."""
+    slack: Array
+    """How far the centre may be from the one that the kernel used."""
+    left_out: tuple[Array, ...] = ()
+    """Per degree, a bound on what is left out of that power of the score, not centred; empty for nothing."""
 
 
 def sup_bound(xp: Any, polynomial: PolynomialPlan, rows: RowFacts) -> tuple[Array, Array]:
@@ -67,22 +73,44 @@ def _log_ratio(xp: Any, values: tuple[float, ...], x: Array) -> tuple[Array, Arr
     return low - 1e-15 * xp.abs(x), high + 1e-15 * xp.abs(x)
 
 
+def left_out_bound(xp: Any, polynomial: PolynomialPlan, rows: RowFacts) -> Array:
+    """Return how much the monomials that are left out shift a softmax: the sum of their sizes over the mean of P.
+
+    The polynomial of which the others are left out must be positive on the row's range, as it is where `sup_bound` is
+    finite, or else be bounded by its distance from exp as a whole, as `moment_bound` does: then shifts add up.
+    """
+    total = xp.zeros_like(rows.mean)
+    if not rows.left_out:
+        return total
+    # coefficients of the score's powers; between the centre used and the one known they change by less than sizes do
+    exact = centred_coefficients(polynomial.values, -rows.centre)
+    sizes = [abs(value) for value in polynomial.values]
+    near, far = (centred_coefficients(tuple(sizes), x) for x in (xp.abs(rows.centre), xp.abs(rows.centre) + rows.slack))
+    for coefficient, less, more, rest in zip(exact, near, far, rows.left_out, strict=True):
+        total = total + (xp.abs(coefficient) + (more - less) + _SUMMED * more) * rest
+    return total / xp.abs(rows.mean)
+
+
 def moment_bound(xp: Any, polynomial: PolynomialPlan, rows: RowFacts) -> Array:
     """Return (A + C mean of (x - centre)^p) / mean P, the smallest over the triples (A, C, p) at hand."""
     if polynomial.coefficients == "taylor":
         power, slope = taylor_slope(xp, polynomial.degree, rows.low, rows.high)
-        return slope * _moment(polynomial, rows, power) / rows.mean
+        return slope * _moment(xp, polynomial, rows, power) / rows.mean
     return _tabled_moment_bound(xp, polynomial, rows)
 
 
-def _moment(polynomial: PolynomialPlan, rows: RowFacts, power: int) -> Array:
-    """Return an upper bound of the mean of (x - centre)^power over the row's tuples.
+def _moment(xp: Any, polynomial: PolynomialPlan, rows: RowFacts, power: int) -> Array:
+    """Return an upper bound of the mean of (x - centre)^power over the row's tuples, all monomials counted.
 
     The magnitude holds the absolute terms of every c_m (x - centre)^m: its rounding over |c_power| bounds this one's.
     """
     coefficient = abs(polynomial.values[power])
     slack = rows.relative * rows.mean / coefficient if coefficient else rows.relative * float("inf")
-    return rows.moments[..., power] * (1.0 + 1e-6) + slack
+    moment = rows.moments[..., power] * (1.0 + 1e-6) + slack
+    if not rows.left_out:
+        return moment
+    missing = centred_powers(list(rows.left_out[: power + 1]), xp.abs(rows.centre) + rows.slack)[power]
+    return moment + missing * (1.0 + 1e-6)
 
 
 def taylor_slope(xp: Any, degree: int, low: Array, high: Array) -> tuple[int, Array]:
@@ -123,6 +151,6 @@ def _tabled_moment_bound(xp: Any, polynomial: PolynomialPlan, rows: RowFacts) ->
         if not bool(xp.any(here)):
             continue
         for floor, slope, power in moment_constants(polynomial.values, step):
-            bound = (floor + slope * _moment(polynomial, rows, power)) / rows.mean
+            bound = (floor + slope * _moment(xp, polynomial, rows, power)) / rows.mean
             best = xp.where(xp.logical_and(here, bound < best), bound, best)
     return best

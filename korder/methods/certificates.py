@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from array_api_compat import device
 
-from korder.methods.approximation import UNIT64, RowFacts, moment_bound, sup_bound
+from korder.methods.approximation import UNIT64, RowFacts, left_out_bound, moment_bound, sup_bound
 from korder.methods.factors import SMALLEST_WEIGHT, Plane, assemble, planes
+from korder.methods.left_out import left_out_sums
 from korder.methods.readings import prod_arrays
 from korder.methods.sight import Sight, Statistic, live_rows, visible_maxima
 from korder.methods.statistics import RowBounds, column_peaks, product_range, row_bounds
@@ -58,6 +59,8 @@ class Evidence:
     additions: tuple[float, ...]
     """How many block sums join a total in float64: of a reading, then of each mode's keys."""
     biased: bool = False
+    left_out: tuple[Array, ...] = ()
+    """Per degree, what is left out of that power of the score; empty for nothing."""
 
 
 @np.errstate(all="ignore")
@@ -94,6 +97,7 @@ def evidence_of(xp: Any, plan: Plan, operands: Operands, output: KernelOutput) -
         tuples=float(problem.tuples),
         additions=_additions(problem, polynomial.features),
         biased=any(bias is not None for bias in operands.biases),
+        left_out=left_out_sums(xp, problem, polynomial, operands),
     )
 
 
@@ -114,16 +118,18 @@ def certificate_of(xp: Any, plan: Plan, evidence: Evidence, output: KernelOutput
     rows = _gather(xp, plan, evidence, output, rounding_unit)
     sup, sup_log = sup_bound(xp, polynomial, rows)
     moment = moment_bound(xp, polynomial, rows) / (1.0 - rows.relative)
+    left_out = left_out_bound(xp, polynomial, rows) / (1.0 - rows.relative)
     zero = xp.zeros_like(sup)
     spread, sizes = evidence.spread, evidence.sizes
-    logarithm = xp.minimum(sup_log, _log_shift(xp, moment))
+    logarithm = xp.minimum(sup_log + _log_shift(xp, left_out), _log_shift(xp, moment + left_out))
     lost = xp.where(rows.lost > 0.0, rows.lost * xp.exp(logarithm), zero)
     inexact = rows.relative / (1.0 - rows.relative) * sizes
     moved = xp.where(spread > 0.0, (lost + xp.tanh(0.5 * bounds.perturbation)) * spread, 0.0 * spread)
     # the last term: value products, and an output, too small for their dtype
     smallest = xp.where(sizes > 0.0, _SMALLEST_VALUES + zero, zero)
     rounding = inexact + moved + final_unit(xp, problem) * evidence.largest + smallest
-    by_sup, by_moment = sup * spread, _by_moment(xp, moment, spread, evidence.farthest + rounding)
+    by_sup = (sup + left_out) * spread
+    by_moment = _by_moment(xp, moment + left_out, spread, evidence.farthest + rounding)
     # where all values agree nothing can go wrong, however little is known of the weights
     approximation = xp.where(spread > 0.0, xp.minimum(by_sup, by_moment), 0.0 * spread)
     lse_bound = logarithm + _log_shift(xp, lost) + _log_shift(xp, rows.relative) + bounds.perturbation
@@ -196,7 +202,7 @@ def _gather(xp: Any, plan: Plan, evidence: Evidence, output: KernelOutput, round
         dropped = SMALLEST_WEIGHT * problem.order * evidence.tuples
         lost = dropped * xp.exp(xp.minimum(high, xp.full_like(high, 700.0))) / (normaliser * (1.0 - relative))
     moments = xp.astype(output.moments, xp.float64)
-    return RowFacts(low, high, centre, mean, moments, relative, lost)
+    return RowFacts(low, high, centre, mean, moments, relative, lost, slack, evidence.left_out)
 
 
 def _row_maxima(xp: Any, problem: Problem, operands: Operands) -> Array:

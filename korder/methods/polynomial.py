@@ -17,10 +17,11 @@ from korder.methods.factors import Factor, Plane, plane_count, planes
 from korder.methods.features import (
     FeatureTable,
     feature_adjoint,
-    feature_table,
+    gathered_features,
     multinomials,
     parents,
     polynomial_features,
+    table_of,
 )
 from korder.methods.readings import (
     Kept,
@@ -64,11 +65,11 @@ class PolynomialKernel(RunningArrays):
         self.plan = plan
         self.problem = plan.problem
         self.polynomial: PolynomialPlan = plan.polynomial
-        self.table: FeatureTable = feature_table(plan.problem.score_width, plan.polynomial.degree)
+        self.table: FeatureTable = table_of(plan.problem.score_width, plan.polynomial)
         self.dtype = getattr(xp, plan.problem.accumulation)
         self.rounding_unit = (self.sum_block + 8) * 0.5 * float(xp.finfo(self.dtype).eps)
         self.scale_sign = -1.0 if plan.problem.scale < 0 else 1.0
-        sizes = (plan.polynomial.degree, plan.polynomial.chunk)
+        sizes = (plan.polynomial.degree, plan.polynomial.chunk, plan.polynomial.pruning)
         self.workspace_bytes = forward_workspace(plan.problem, *sizes, in_place=self.in_place)
         self._index: dict[Any, tuple[Array, ...]] = {}
 
@@ -286,11 +287,14 @@ class PolynomialKernel(RunningArrays):
 
     def features(self, columns: Array) -> Array:
         """Return the monomials (r, c) of columns (w, c)."""
-        return polynomial_features(self.xp, self.table, columns)
+        if not self.table.pruned:
+            return polynomial_features(self.xp, self.table, columns)
+        indices = [self.parents(degree, device(columns)) for degree in range(1, self.table.degree + 1)]
+        return gathered_features(self.xp, self.table, columns, indices)
 
     def adjoint(self, columns: Array, features: Array, gradient: Array) -> Array:
         """Return the gradient of the columns (w, c), given that of the features (r, c)."""
-        return feature_adjoint(self.xp, self.table, columns, features, gradient)
+        return feature_adjoint(self.xp, self.table, columns, features, gradient, self.index)
 
     def product(self, left: Array, right: Array, total: Array | None = None) -> Array:
         """Return total (p, s) + left (p, q) @ right (q, s) in float64; `total` belongs to the callee.
@@ -354,6 +358,10 @@ class PolynomialKernel(RunningArrays):
     def parents(self, degree: int, where: Any) -> tuple[Array, Array]:
         """Return `features.parents` of a degree as arrays of a device; made once."""
         return self._constants(degree, where, lambda: parents(self.table, degree))
+
+    def index(self, positions: np.ndarray, where: Any) -> Array:
+        """Return positions of the table as an array of a device; made once."""
+        return self._constants(("positions", id(positions)), where, lambda: (positions,))[0]
 
     def _constants(self, name: Any, where: Any, make: Callable[[], tuple[np.ndarray, ...]]) -> tuple[Array, ...]:
         key = (name, where)

@@ -25,6 +25,8 @@ Array = Any
 UNIT = 2.0**-52
 """Spacing of float64 at 1."""
 _WIDEST_GRAM = 1024
+WIDEST_LIST = 256
+"""Columns of a score up to which each one's largest term is measured: a plan is looked up by them."""
 _WINDOW_STEP = 128
 """Rows from one whose second moments are taken to the next, under a window."""
 
@@ -207,7 +209,7 @@ def _mean(xp: Any, totals: Array) -> Array:
 
 @np.errstate(all="ignore")
 def measure(xp: Any, problem: Problem, operands: Operands) -> ScoreStatistics:
-    """Return score range, half-width and rms, over live rows, rounded outward to two digits.
+    """Return score range, half-width, rms, centres and columns, over live rows, rounded outward to two digits.
 
     Cost:      O(n width^2) for the rms, O(n width) for the rest.
     Numerics:  Bounds are rigorous; the rms is of what each block's last row sees, under an ordered mask in any order.
@@ -232,7 +234,21 @@ def measure(xp: Any, problem: Problem, operands: Operands) -> ScoreStatistics:
         round_outward(high, 1),
         round_outward(width, 1),
         round_outward(_rms(xp, problem, operands), 1),
+        columns=tuple(round_outward(float(x), 1) for x in _column_terms(xp, problem, operands)),
+        centres=(-round_outward(largest(-centres, 0.0), 1), round_outward(largest(centres, 0.0), 1)),
     )
+
+
+def _column_terms(xp: Any, problem: Problem, operands: Operands) -> list[Array]:
+    """Return, for each column, the largest absolute term of a score; none where there are too many columns."""
+    if problem.score_width > WIDEST_LIST:
+        return []
+    terms = xp.zeros((problem.score_width,), dtype=xp.float64, device=device(operands.query))
+    for plane in planes(xp, problem, operands):
+        queries = xp.max(xp.stack([column_peaks(xp, query) for query in plane.queries], axis=0), axis=0)
+        peaks = [queries, *(column_peaks(xp, key) for key in plane.keys)]
+        terms = xp.maximum(terms, abs(problem.scale) * prod_arrays(peaks))
+    return [terms[column] for column in range(problem.score_width)]
 
 
 def round_outward(x: float, direction: int) -> float:

@@ -1,4 +1,4 @@
-"""The ranked plans of a problem: one per method, and for a tolerance one per degree worth trying, lowest first."""
+"""The ranked plans of a problem: one per method, and for a tolerance those of each degree worth trying."""
 
 from __future__ import annotations
 
@@ -28,26 +28,31 @@ def candidate_plans(problem: Problem) -> tuple[Plan, ...]:
         from korder.planning.exact import exact_plan
 
         return (exact_plan(problem),)
-    from korder.planning.polynomial import polynomial_degrees, polynomial_plan
-
     if method.on_exceed == "exact":
         return _or_exact(problem, method)
-    degrees = (method.degree,) if method.degree is not None else polynomial_degrees(problem)
-    plans = tuple(polynomial_plan(problem, degree) for degree in degrees)
+    plans = _polynomial_plans(problem, method)
     if not plans:
         raise _no_degree(problem, method)
     return plans
 
 
+def _polynomial_plans(problem: Problem, method: Polynomial) -> tuple[Plan, ...]:
+    """The plan of the method's degree, or those worth trying for its tolerance."""
+    from korder.planning.degrees import tolerance_plans
+    from korder.planning.polynomial import polynomial_plan
+
+    if method.degree is not None:
+        return (polynomial_plan(problem, method.degree),)
+    return tolerance_plans(problem, method)
+
+
 def _or_exact(problem: Problem, method: Polynomial) -> tuple[Plan, ...]:
     """The polynomial plans, then the exact one; what does not fit the memory limit is left out while one plan does."""
     from korder.planning.exact import exact_plan
-    from korder.planning.polynomial import polynomial_degrees, polynomial_plan
 
     plans: tuple[Plan, ...] = ()
     try:
-        degrees = (method.degree,) if method.degree is not None else polynomial_degrees(problem)
-        plans = tuple(polynomial_plan(problem, degree) for degree in degrees)
+        plans = _polynomial_plans(problem, method)
     except UnsupportedProblemError as error:
         if error.code != "memory-limit":
             raise

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import lru_cache, partial
 
 from korder.errors import UnsupportedProblemError
+from korder.planning.degrees import PRUNED_GAIN, PRUNED_SHARE
 from korder.planning.exact import exact_plan
 from korder.planning.plan import Cost, Plan, SplitPlan
 from korder.planning.polynomial import FEATURE_BUDGET, feature_count, polynomial_plan
@@ -40,10 +41,11 @@ def choice_plans(problem: Problem) -> tuple[Plan, ...]:
     levels = problem.statistics.levels if problem.spec.mask.kind in SPLIT_MASKS else ()
     makers: list[Callable[[], Plan]] = [partial(exact_plan, problem)]
     for level in levels:
-        degrees = zip(tried_degrees(problem.score_width), level.missing, strict=False)
-        makers += [
-            partial(split_plan, problem, level, degree, rows) for degree, rows in degrees if rows < problem.queries
-        ]
+        for degree, rows in zip(tried_degrees(problem.score_width), level.missing, strict=False):
+            if rows < problem.queries:
+                makers.append(partial(split_plan, problem, level, degree, rows))
+                if pays(problem, level, degree):
+                    makers.append(partial(split_plan, problem, level, degree, rows, allowed_mass(problem)))
     refusals: list[UnsupportedProblemError] = []
     plans: list[Plan] = []
     for make in makers:
@@ -67,19 +69,42 @@ def _require_statistics(problem: Problem) -> None:
         )
 
 
-def split_plan(problem: Problem, level: OutlierLevel, degree: int, rows: int) -> Plan:
+def allowed_mass(problem: Problem) -> float:
+    """Return how much the monomials that are left out may add: a share of what the polynomial part is given."""
+    return PRUNED_SHARE * POLYNOMIAL_SHARE * (problem.spec.tolerance or 0.0)
+
+
+def pays(problem: Problem, level: OutlierLevel, degree: int) -> bool:
+    """Return whether pruning is expected to pay where no key is set aside; columns are measured with all keys."""
+    if any(level.keys) or problem.statistics is None or not problem.statistics.columns:
+        return False
+    try:
+        whole, pruned = (polynomial_plan(problem, degree, mass) for mass in (0.0, allowed_mass(problem)))
+    except UnsupportedProblemError:
+        return False
+    return whole.cost.flops >= PRUNED_GAIN * pruned.cost.flops
+
+
+def split_plan(problem: Problem, level: OutlierLevel, degree: int, rows: int, prune: float = 0.0) -> Plan:
     """Return the plan that runs the tuples without an outlier by a polynomial, the others and some rows exactly.
+
+    Args:
+        problem: The problem, with its statistics.
+        level: Which keys are outliers.
+        degree: Of the polynomial.
+        rows: Rows that are expected to be computed exactly.
+        prune: How much the monomials that the polynomial leaves out may add.
 
     Raises:
         UnsupportedProblemError: A part does not fit the memory limit.
     """
     masked = replace(problem, key_masks=(True,) * problem.order) if any(level.keys) else problem
-    parts = (polynomial_plan(masked, degree), *map(exact_plan, exact_parts(problem, level.keys, rows)))
+    parts = (polynomial_plan(masked, degree, prune), *map(exact_plan, exact_parts(problem, level.keys, rows)))
     return Plan(
         problem=problem,
         method="split",
         cost=_joined(parts),
-        split=SplitPlan(level.threshold, level.keys, rows, degree),
+        split=SplitPlan(level.threshold, level.keys, rows, degree, prune),
         parts=parts,
     )
 

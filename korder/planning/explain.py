@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import comb
+
 from korder.planning.plan import Plan, PolynomialPlan, SplitPlan, Tiling
 from korder.problem import Problem
 
@@ -14,7 +16,7 @@ def explain_plan(plan: Plan) -> str:
     if plan.tiling is not None:
         rows += _tiling_rows(plan.problem, plan.tiling)
     if plan.polynomial is not None:
-        rows += _polynomial_rows(plan.polynomial)
+        rows += _polynomial_rows(plan.problem, plan.polynomial)
     if plan.split is not None:
         rows += _split_rows(plan, plan.split)
     cost = plan.cost
@@ -78,8 +80,9 @@ def _tiling_rows(problem: Problem, tiling: Tiling) -> list[tuple[str, str]]:
     return rows
 
 
-def _polynomial_rows(polynomial: PolynomialPlan) -> list[tuple[str, str]]:
-    rows = [("features", count(polynomial.features))]
+def _polynomial_rows(problem: Problem, polynomial: PolynomialPlan) -> list[tuple[str, str]]:
+    whole = comb(problem.score_width + polynomial.degree, polynomial.degree)
+    rows = [("features", count(polynomial.features) + (f" of {count(whole)}" if polynomial.pruning else ""))]
     if polynomial.interval is not None:
         rows.append(("interval", f"+-{polynomial.interval:g} about the centre"))
     rows += [("state", f"{count(polynomial.state)} elements a head"), ("chunk", f"{polynomial.chunk} tokens at a time")]

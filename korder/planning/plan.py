@@ -54,6 +54,23 @@ class Tiling:
 
 
 @dataclass(frozen=True, slots=True)
+class Pruning:
+    """What decides which monomials are kept: those that matter for operands whose columns are as large as these."""
+
+    bounds: tuple[float, ...]
+    """Of each column, the largest absolute term that it adds to a score."""
+    weights: tuple[float, ...]
+    """Of each power of the score, what a unit of it may add to the error."""
+    mass: float
+    """Largest sum of all that is dropped, relative to the exponential at a row's centre."""
+
+    @property
+    def degree(self) -> int:
+        """Highest power of the score."""
+        return len(self.weights) - 1
+
+
+@dataclass(frozen=True, slots=True)
 class PolynomialPlan:
     """What the polynomial method will do."""
 
@@ -65,13 +82,15 @@ class PolynomialPlan:
     values: tuple[float, ...]
     """The coefficients of 1, x, x^2, .. of the polynomial of the centred score."""
     features: int
-    """r = C(width + degree, degree)."""
+    """r = C(width + degree, degree), or fewer where some are pruned."""
     state: int
     """Elements of the summed key states of one head: k r (e + 1)."""
     chunk: int
     """Tokens whose features are built at a time."""
     gradient: str = "consistent"
     """"consistent": that of the function that forward computes; "closed_form": the exact method's, with its weights."""
+    pruning: Pruning | None = None
+    """What decides which monomials are kept; None for all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +105,8 @@ class SplitPlan:
     """Rows that are expected to miss the tolerance, a head."""
     degree: int
     """Degree of the polynomial; its certificate decides which rows are computed exactly."""
+    prune: float = 0.0
+    """How much the monomials that it leaves out may add; 0 where it has all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +129,12 @@ class Plan:
         """The method, with the degree or the number of outliers if it has any."""
         if self.split is not None:
             keys = " + ".join(map(str, self.split.keys))
-            return f"split: degree {self.split.degree}, {keys} keys, {self.split.rows} rows"
-        return self.method if self.polynomial is None else f"{self.method} of degree {self.polynomial.degree}"
+            pruned = " pruned" if self.split.prune else ""
+            return f"split: degree {self.split.degree}{pruned}, {keys} keys, {self.split.rows} rows"
+        if self.polynomial is None:
+            return self.method
+        pruned = f", pruned to {self.polynomial.features} features" if self.polynomial.pruning is not None else ""
+        return f"{self.method} of degree {self.polynomial.degree}{pruned}"
 
     def explain(self) -> str:
         """Return a table that a person can read: what is computed, in which steps, at which cost."""

@@ -1,35 +1,25 @@
-"""Plans of the polynomial method: coefficients, degrees worth trying for a tolerance, blocks under the memory limit.
+"""Plans of the polynomial method at one degree: coefficients, monomials, blocks under the memory limit, cost.
 
-Pure functions of a Problem. Statistics choose the degree; certificates, made after running, decide if it was right.
+Pure functions of a Problem.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from itertools import takewhile
-from math import ceil, comb, inf, log2, prod
+from math import ceil, comb, log2, prod
 
 from korder.errors import UnsupportedProblemError
-from korder.planning.coefficients import (
-    Coefficients,
-    coefficients_of,
-    ratio_range,
-    shift_bound,
-    taylor_remainder,
-)
+from korder.planning.coefficients import coefficients_of
 from korder.planning.cost import live_share, operand_bytes
 from korder.planning.explain import size
-from korder.planning.plan import Cost, Plan, PolynomialPlan
+from korder.planning.plan import Cost, Plan, PolynomialPlan, Pruning
+from korder.planning.pruning import kept_monomials, pruning_of
 from korder.problem import ITEM_BYTES, Problem
 from korder.spec.masks import Window
 
 FEATURE_BUDGET = 2**21
 """Most features of a degree that is chosen for a tolerance."""
 HIGHEST_DEGREE = 64
-QUICK_FLOPS = 2**30
-"""Cost below which a degree is tried even where the exact method costs less."""
-MEAN_ALLOWANCE = 8.0
-"""How far the mean of the polynomial over a row may stand above 1 in the estimate that skips hopeless degrees."""
 CHUNKS = (1024, 512, 256, 128, 64, 32, 16)
 """Tokens whose features are built at a time, the largest that fits."""
 RUNNING_CHUNK = 32
@@ -42,34 +32,52 @@ def feature_count(width: int, degree: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def polynomial_plan(problem: Problem, degree: int) -> Plan:
+def polynomial_plan(problem: Problem, degree: int, prune: float | None = None) -> Plan:
     """Return the plan that runs a problem with a polynomial of one degree.
 
+    Args:
+        problem: The problem.
+        degree: The degree.
+        prune: How much the monomials that are left out may add, 0 to leave none out; what the method says when None.
+
     Raises:
-        UnsupportedProblemError: No block of tokens meets the memory limit, a bias that differs between queries, or
-            minimax coefficients without an interval.
+        UnsupportedProblemError: No block of tokens meets the memory limit, a bias that differs between queries,
+            minimax coefficients without an interval, or pruning without statistics.
     """
     _refuse_full_biases(problem)
-    kind, interval = _coefficient_kind(problem)
-    features = feature_count(problem.score_width, degree)
-    chunk = _chunk(problem, degree, features)
-    state = problem.order * features * (problem.value_width + 1)
+    kind, interval = coefficient_kind(problem)
+    values = coefficients_of(kind, degree, interval)
+    pruning = pruning_of(problem, kind, values, _prune(problem) if prune is None else prune)
+    counts = monomial_counts(problem.score_width, degree, pruning)
+    chunk = _chunk(problem, counts, pruning)
     return Plan(
         problem=problem,
         method="polynomial",
-        cost=_cost(problem, degree, features, chunk),
+        cost=_cost(problem, counts, chunk, pruning),
         polynomial=PolynomialPlan(
             degree=degree,
             coefficients=kind,
             interval=interval,
-            values=coefficients_of(kind, degree, interval),
-            features=features,
-            state=state,
+            values=values,
+            features=sum(counts),
+            state=problem.order * sum(counts) * (problem.value_width + 1),
             chunk=chunk,
             gradient=_gradient(problem),
+            pruning=pruning,
         ),
-        notes=_notes(problem, kind, degree, chunk),
+        notes=_notes(problem, kind, degree, chunk, pruning),
     )
+
+
+def _prune(problem: Problem) -> float:
+    method = problem.spec.polynomial
+    return 0.0 if method is None else method.prune or 0.0
+
+
+def monomial_counts(width: int, degree: int, pruning: Pruning | None = None) -> tuple[int, ...]:
+    """Return the monomials of each degree: C(width + m - 1, m), or those that a pruning keeps."""
+    kept = None if pruning is None else kept_monomials(pruning)
+    return kept.counts if kept is not None else tuple(comb(width + m - 1, m) for m in range(degree + 1))
 
 
 def _refuse_full_biases(problem: Problem) -> None:
@@ -84,7 +92,12 @@ def _refuse_full_biases(problem: Problem) -> None:
         )
 
 
-def _coefficient_kind(problem: Problem) -> tuple[str, float | None]:
+def coefficient_kind(problem: Problem) -> tuple[str, float | None]:
+    """Return what coefficients the method wants, and their interval if they have one.
+
+    Raises:
+        UnsupportedProblemError: An interval is wanted, and neither the method nor statistics have one.
+    """
     method = problem.spec.polynomial
     if method is None or method.coefficients == "taylor":
         return "taylor", None
@@ -112,24 +125,39 @@ _GRADIENTS = {
 }
 
 
-def _notes(problem: Problem, kind: str, degree: int, chunk: int) -> tuple[str, ...]:
-    notes = [f"backward works in {size(backward_workspace(problem, degree, chunk))}", _GRADIENTS[_gradient(problem)]]
+def _notes(problem: Problem, kind: str, degree: int, chunk: int, pruning: Pruning | None) -> tuple[str, ...]:
+    works = size(backward_workspace(problem, degree, chunk, pruning))
+    notes = [f"backward works in {works}", _GRADIENTS[_gradient(problem)]]
     if kind == "taylor" and degree % 2:
         notes.append(f"degree {degree} is odd: its Taylor polynomial is negative far below a row's mean")
+    if pruning is not None:
+        notes.append(_pruned(problem, degree, pruning))
     return tuple(notes)
+
+
+def _pruned(problem: Problem, degree: int, pruning: Pruning) -> str:
+    kept = kept_monomials(pruning)
+    assert kept is not None
+    whole, count = feature_count(problem.score_width, degree), sum(kept.counts)
+    return (
+        f"pruned: {count} of {whole} monomials, {whole / count:.3g} times fewer; the others add at most "
+        f"{kept.dropped:.2g} to the weight of a tuple"
+    )
 
 
 def _item(problem: Problem) -> int:
     return ITEM_BYTES[problem.accumulation]
 
 
-def forward_workspace(problem: Problem, degree: int, chunk: int, *, in_place: bool = True) -> int:
+def forward_workspace(
+    problem: Problem, degree: int, chunk: int, pruning: Pruning | None = None, *, in_place: bool = True
+) -> int:
     """Return bytes beyond inputs and outputs: key states in float64, the table that is read, one block of features.
 
     Counts what is alive at the widest point of the passes of a kernel that writes features and running states in place;
     one that does not joins them from parts, and holds the widest of them twice.
     """
-    sizes = _BlockSizes(problem, degree, chunk)
+    sizes = _BlockSizes(problem, degree, chunk, pruning)
     order, item = problem.order, sizes.item
     sums = 8 * (sizes.state + sizes.features)
     kept = sizes.sums * sums
@@ -149,23 +177,23 @@ def forward_workspace(problem: Problem, degree: int, chunk: int, *, in_place: bo
     return kept + sizes.block + max(reading, table)
 
 
-def backward_workspace(problem: Problem, degree: int, chunk: int) -> int:
+def backward_workspace(problem: Problem, degree: int, chunk: int, pruning: Pruning | None = None) -> int:
     """Return bytes beyond inputs and outputs, all gradients wanted; counted as `forward_workspace`.
 
     Gradients are collected in blocks, which live next to the arrays that they are joined into: as large as these are.
     """
     keys = problem.batch * problem.groups * sum(problem.lengths)
     rows = 24 * problem.batch * problem.heads * problem.queries
-    passes = _backward_passes(problem, degree, chunk)
+    passes = _backward_passes(problem, degree, chunk, pruning)
     if _windows(problem):  # the gradients of a plane's keys from one walk wait for those from the other
         passes += 2 * sum(problem.lengths) * (2 * problem.score_width * _item(problem) + 8 * (problem.value_width + 1))
     return rows + max(passes, operand_bytes(problem) + 8 * keys)
 
 
-def _backward_passes(problem: Problem, degree: int, chunk: int) -> int:
+def _backward_passes(problem: Problem, degree: int, chunk: int, pruning: Pruning | None) -> int:
     """Return the part of `backward_workspace` that smaller blocks shrink; tokens count by their logarithm at most."""
     closed = _gradient(problem) == "closed_form"
-    sizes = _BlockSizes(problem, degree + closed, chunk)
+    sizes = _BlockSizes(problem, degree + closed, chunk, pruning)
     order, item, state = problem.order, sizes.item, 8 * sizes.state
     rows = sizes.readings * 5 + 3 * sizes.tokens * problem.score_width * item
     if sizes.moving:
@@ -189,13 +217,13 @@ def _backward_passes(problem: Problem, degree: int, chunk: int) -> int:
 class _BlockSizes:
     """Sizes of what a pass over one block of tokens holds.
 
-    Counts: features, those of the highest degree, channels, tokens, query heads that share a key head, key states kept
+    Counts: features, the most of one degree, channels, tokens, query heads that share a key head, key states kept
     in float64, blocks of key features; elements of one mode's key state; bytes of a block of features, of readings in
     float64, and of a run of running states.
     """
 
-    def __init__(self, problem: Problem, degree: int, chunk: int) -> None:
-        width = problem.score_width
+    def __init__(self, problem: Problem, degree: int, chunk: int, pruning: Pruning | None = None) -> None:
+        counts = monomial_counts(problem.score_width, degree, pruning)
         self.item = _item(problem)
         self.moving = problem.spec.mask.kind != "full"
         self.ordered = problem.spec.mask.kind == "ordered"
@@ -204,8 +232,7 @@ class _BlockSizes:
         self.sums = sum(_window_sums(min(w, m), chunk) for w, m in zip(self.windows, problem.lengths, strict=False))
         self.sums = self.sums or problem.order
         self.streams = problem.order * (2 if self.windows else 1)
-        self.features = feature_count(width, degree)
-        self.highest = feature_count(width - 1, degree)
+        self.features, self.highest = sum(counts), max(counts)
         self.channels = problem.value_width + 1
         self.state = self.features * self.channels
         self.tokens = min(chunk, max(problem.queries, *problem.lengths, 1))
@@ -229,13 +256,14 @@ RUNNING_ELEMENTS = 2**17
 """Elements of a block of running states, features by tokens by channels, that stays in cache."""
 
 
-def _chunk(problem: Problem, degree: int, features: int) -> int:
-    limit = int(problem.spec.policy.memory_limit)
+def _chunk(problem: Problem, counts: tuple[int, ...], pruning: Pruning | None) -> int:
+    limit, degree, features = int(problem.spec.policy.memory_limit), len(counts) - 1, sum(counts)
     needed = 0
     for chunk in CHUNKS:
         if problem.spec.mask.kind != "full" and chunk > RUNNING_CHUNK:
             continue
-        needed = max(forward_workspace(problem, degree, chunk), _backward_passes(problem, degree, chunk))
+        sizes = (problem, degree, chunk, pruning)
+        needed = max(forward_workspace(*sizes), _backward_passes(*sizes))
         if needed <= limit:
             return chunk
     raise UnsupportedProblemError(
@@ -247,8 +275,8 @@ def _chunk(problem: Problem, degree: int, features: int) -> int:
     )
 
 
-def _cost(problem: Problem, degree: int, features: int, chunk: int) -> Cost:
-    item, channels = _item(problem), problem.value_width + 1
+def _cost(problem: Problem, counts: tuple[int, ...], chunk: int, pruning: Pruning | None) -> Cost:
+    item, features, channels = _item(problem), sum(counts), problem.value_width + 1
     queries = problem.batch * problem.heads * problem.queries
     keys = problem.batch * problem.groups * sum(problem.lengths)
     products = 2 * features * channels * (queries + keys)
@@ -260,7 +288,7 @@ def _cost(problem: Problem, degree: int, features: int, chunk: int) -> Cost:
     return Cost(
         flops=products + features * (queries + keys),
         bytes_moved=operand_bytes(problem) + item * features * (queries + keys),
-        peak_memory=forward_workspace(problem, degree, chunk),
+        peak_memory=forward_workspace(problem, len(counts) - 1, chunk, pruning),
         largest_intermediate=max(features * min(chunk, max(problem.queries, *problem.lengths, 1)), features * channels),
     )
 
@@ -270,56 +298,3 @@ def exact_flops(problem: Problem) -> int:
     rows = problem.batch * problem.heads * problem.queries
     flops = 2 * rows * prod(problem.lengths) * (problem.score_width + problem.value_width)
     return round(flops * live_share(problem))
-
-
-def lowest_error(problem: Problem, coefficients: Coefficients, kind: str) -> float:
-    """Return the least error that the certificate can show, relative to the value range; 0 without statistics.
-
-    The sup bound on the measured half-width, or for Taylor of even degree the moment bound with the least moment that
-    the measured rms allows, on the least range that it allows. A lower bound up to the mean of the polynomial, for
-    which a factor stands.
-    """
-    statistics = problem.statistics
-    if statistics is None:
-        return 0.0
-    width = min(statistics.half_width, 300.0)
-    sup = shift_bound(*ratio_range(coefficients, -width, width))
-    degree = len(coefficients) - 1
-    if kind != "taylor" or degree % 2:
-        return sup
-    rms = min(statistics.rms, width)
-    return min(sup, taylor_remainder(degree, rms) * rms**degree / MEAN_ALLOWANCE)
-
-
-def polynomial_degrees(problem: Problem) -> tuple[int, ...]:
-    """Return the degrees worth trying for the method's tolerance, lowest first, even ones only for Taylor.
-
-    From the lowest that may meet it by the statistics, while features stay within the budget and the cost within that
-    of the exact method, or within a second's work where exact is cheaper still. None if there is no such degree; under
-    `on_exceed="warn"` then the highest that is affordable.
-
-    Raises:
-        UnsupportedProblemError: Not even the lowest degree fits the memory limit.
-    """
-    kind, interval = _coefficient_kind(problem)
-    method = problem.spec.polynomial
-    tolerance = method.tolerance if method is not None and method.tolerance is not None else inf
-    step = 2 if kind == "taylor" else 1
-    polynomial_plan(problem, step)  # raises if nothing fits the memory limit
-    affordable = list(takewhile(lambda degree: _affordable(problem, degree), range(step, HIGHEST_DEGREE + 1, step)))
-    promising = tuple(
-        degree
-        for degree in affordable
-        if lowest_error(problem, coefficients_of(kind, degree, interval), kind) <= tolerance
-    )
-    warns = method is not None and method.on_exceed == "warn"
-    return promising or (tuple(affordable[-1:]) if warns else ())
-
-
-def _affordable(problem: Problem, degree: int) -> bool:
-    if feature_count(problem.score_width, degree) > FEATURE_BUDGET:
-        return False
-    try:
-        return polynomial_plan(problem, degree).cost.flops < max(exact_flops(problem), QUICK_FLOPS)
-    except UnsupportedProblemError:
-        return False

@@ -76,6 +76,11 @@ class AttentionSpec(SpecModel):
         return None if isinstance(self.method, Exact) else self.method.tolerance
 
     @property
+    def measured(self) -> bool:
+        """Whether statistics of the operands are wanted: for a tolerance, or to prune."""
+        return self.tolerance is not None or (self.polynomial is not None and bool(self.polynomial.prune))
+
+    @property
     def chooses(self) -> bool:
         """Whether the method is a choice among others that is made by measuring the operands."""
         return isinstance(self.method, Split | Auto) and self.tolerance is not None

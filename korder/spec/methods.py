@@ -38,6 +38,8 @@ class Polynomial(SpecModel):
     """What to do when the certificate misses the tolerance."""
     gradient: Literal["consistent", "closed_form"] = "consistent"
     """"consistent", of the function computed, or "closed_form", softmax's with the polynomial's weights; full mask."""
+    prune: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Most that monomials left out may add to a tuple's weight, 0 to keep all; a lone tolerance chooses when None."""
     estimate_rows: Annotated[int, Field(ge=0, strict=True), AsInteger] = 0
     """Rows computed exactly as well, for an estimate of the error beside the certificate."""
 
@@ -53,6 +55,18 @@ class Polynomial(SpecModel):
             raise conflict("an interval belongs to coefficients = 'minimax'", expected="coefficients = 'minimax'")
         if self.on_exceed != "raise" and self.tolerance is None:
             raise conflict("on_exceed belongs to a tolerance", expected="a tolerance, or no on_exceed")
+        if self.prune and self.tolerance is not None and self.prune >= self.tolerance:
+            raise conflict(
+                "what is pruned alone would use up the tolerance",
+                expected=f"prune below tolerance = {self.tolerance:g}",
+                got=f"prune = {self.prune:g}",
+            )
+        if self.prune and self.gradient == "closed_form":
+            raise conflict(
+                "gradient = 'closed_form' needs all monomials",
+                expected="gradient = 'consistent', or prune = 0",
+                got=f"prune = {self.prune:g}",
+            )
         return self
 
 

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from korder.errors import KernelError, UnsupportedProblemError
-from korder.planning.plan import ContractionStep, Cost, Plan, PolynomialPlan, Tiling
+from korder.planning.plan import ContractionStep, Cost, Plan, PolynomialPlan, Pruning, Tiling
 from korder.planning.slicing import choose_tiling, folded_blocks
 from korder.problem import Problem
 from korder.spi.availability import Availability
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from korder.methods.layout import Layout
     from korder.methods.masks import TileMask
     from korder.methods.tiles import Contracted, Folded, RowCotangent, RowState, TileArithmetic, TileGradients, Wanted
+    from korder.planning.pruning import KeptMonomials, kept_monomials
     from korder.spi.namespace import NamespaceBackend, PolynomialKernel
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "ExactKernel",
     "Folded",
     "GradientSums",
+    "KeptMonomials",
     "Kernel",
     "KernelError",
     "KernelOutput",
@@ -51,6 +53,7 @@ __all__ = [
     "PolynomialKernel",
     "PolynomialPlan",
     "Problem",
+    "Pruning",
     "Reason",
     "RowCotangent",
     "RowState",
@@ -64,11 +67,14 @@ __all__ = [
     "choose_tiling",
     "folded_blocks",
     "hookimpl",
+    "kept_monomials",
 ]
 
 _LAZY = {
     "ExactKernel": "korder.methods.exact",
     "GradientSums": "korder.methods.gradients",
+    "KeptMonomials": "korder.planning.pruning",
+    "kept_monomials": "korder.planning.pruning",
     "Layout": "korder.methods.layout",
     "NamespaceBackend": "korder.spi.namespace",
     "PolynomialKernel": "korder.methods.polynomial",

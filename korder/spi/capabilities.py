@@ -33,6 +33,7 @@ class MethodSupport:
         backward: Whether the kernel has a backward.
         closed_form: Kinds of mask under which that of the polynomial method also knows the closed form of the gradient.
         state: Whether the kernel has `states()`, sums over keys that come one after another, for decoding.
+        pruned: Kinds of mask under which that of the polynomial method takes plans that leave monomials out.
     """
 
     name: str
@@ -43,6 +44,7 @@ class MethodSupport:
     backward: bool = False
     closed_form: frozenset[str] = frozenset()
     state: bool = False
+    pruned: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,10 @@ def _refuse_method(support: MethodSupport, plan: Plan) -> list[Reason | None]:
     if closed_form and problem.spec.mask.kind not in support.closed_form:
         known = "".join(f"; closed_form with mask={mask}" for mask in sorted(support.closed_form))
         reasons.append(Reason("gradient", "closed_form", "consistent" + known))
+    pruned = plan.polynomial is not None and plan.polynomial.pruning is not None
+    if pruned and problem.spec.mask.kind not in support.pruned:
+        known = "".join(f"; pruned ones with mask={mask}" for mask in sorted(support.pruned))
+        reasons.append(Reason("features", "pruned", "all monomials" + known))
     return reasons
 
 

@@ -52,6 +52,7 @@ class NamespaceBackend(Backend):
             backward=True,
             closed_form=frozenset({"full"}),
             state=True,
+            pruned=frozenset({"full", "causal", "window", "ordered"}),
         )
         return Capabilities(
             orders=frozenset(range(1, 7)),

@@ -39,6 +39,7 @@ class KernelOutput:
         by its key-only biases less their maxima, so that lse = centre + ln normaliser + the maxima;
         moments (b, h, n, degree + 1), means over live tuples of the powers 0, 1, .. of the centred score;
         magnitude (b, h, n), the sum of the absolute monomial terms of every c_m (x - centre)^m over the normaliser.
+        Where a plan leaves monomials out, each of these is of the powers of the score as far as they are kept.
         residuals: a mapping of whatever the kernel's `backward` (or a later `forward`) wants, None when not saved.
     """
 

@@ -127,18 +127,20 @@ def _statistics_text(statistics: ScoreStatistics | None) -> str:
     if statistics is None:
         return ""
     rows = [[statistics.score_low, statistics.score_high, statistics.half_width, statistics.rms]]
+    rows += [[*statistics.centres, *statistics.columns]]
     rows += [[x.threshold, len(x.keys), *x.keys, *x.missing] for x in statistics.levels]
     return "|".join([" ".join([repr(number) for number in row]) for row in rows])
 
 
 def _read_statistics(text: str) -> ScoreStatistics:
-    first, *rows = (row.split() for row in text.split("|"))
+    first, second, *rows = (row.split() for row in text.split("|"))
     low, high, half_width, rms = map(float, first)
+    lowest, highest, *columns = map(float, second)
     levels = []
     for threshold, count, *numbers in rows:
         found = tuple(map(int, numbers))
         levels.append(OutlierLevel(float(threshold), found[: int(count)], found[int(count) :]))
-    return ScoreStatistics(low, high, half_width, rms, tuple(levels))
+    return ScoreStatistics(low, high, half_width, rms, tuple(levels), tuple(columns), (lowest, highest))
 
 
 @lru_cache(maxsize=256)

@@ -95,19 +95,20 @@ def prepared_for(request: Request, text: str, backward: bool) -> Prepared:
 
 def depends_on_data(spec: AttentionSpec | None) -> bool:
     """Return whether numbers decide what is computed."""
-    return spec is not None and spec.tolerance is not None
+    return spec is not None and spec.measured
 
 
 def require_static(spec: AttentionSpec | None, statistics: ScoreStatistics | None) -> None:
     """Raise for what only numbers can decide."""
     if spec is not None and spec.chooses:
         refuse_choice(spec)
-    if depends_on_data(spec) and statistics is None:
+    if spec is not None and depends_on_data(spec) and statistics is None:
+        what = "a tolerance" if spec.tolerance is not None else "prune"
         raise UnsupportedProblemError(
-            "a tolerance cannot be met while tensors are traced, because their numbers are not known.",
+            f"{what} cannot be kept to while tensors are traced, because their numbers are not known.",
             code="needs-statistics",
             expected="method=Polynomial(degree=...), or statistics= measured before with korder.measure",
-            got="a tolerance without statistics=",
+            got=f"{what} without statistics=",
             hint="with statistics the degree is chosen from them, and the certificate is not checked.",
         )
 

@@ -76,25 +76,25 @@ class NumpyPolynomialKernel(PolynomialKernel):
         for m in range(1, self.table.degree + 1):
             parents = result[self.table.rows(m - 1)]
             block = result[self.table.rows(m)]
-            starts, positions = self.table.starts[m - 1], self.table.starts[m]
-            for first in range(self.table.width):
-                rows = block[positions[first] : positions[first + 1]]
-                np.multiply(columns[first], parents[starts[first] :], out=rows)
+            if self.table.pruned:
+                np.take(parents, self.parents(m, "cpu")[0], axis=0, out=block, mode="clip")  # the mode that has no copy
+            for group in self.table.children[m]:
+                rows = block[group.rows]
+                np.multiply(columns[group.column], rows if self.table.pruned else parents[group.parents], out=rows)
         return result
 
     def adjoint(self, columns: Array, features: Array, gradient: Array) -> Array:
         """Return the gradient of the columns (w, c); overwrites that of the features."""
         total = np.zeros_like(columns)
         for m in range(self.table.degree, 0, -1):
-            starts, positions = self.table.starts[m - 1], self.table.starts[m]
             block, parents = gradient[self.table.rows(m)], features[self.table.rows(m - 1)]
             passed = gradient[self.table.rows(m - 1)]
-            for first in range(self.table.width):
-                own = block[positions[first] : positions[first + 1]]
-                total[first] += np.einsum("ij,ij->j", own, parents[starts[first] :])
+            for group in self.table.children[m]:
+                own = block[group.rows]
+                total[group.column] += np.einsum("ij,ij->j", own, parents[group.parents])
                 if m > 1:
-                    own *= columns[first]
-                    passed[starts[first] :] += own
+                    own *= columns[group.column]
+                    passed[group.parents] += own  # every parent once
         return total
 
     def product(self, left: Array, right: Array, total: Array | None = None) -> Array:

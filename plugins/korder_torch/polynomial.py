@@ -12,8 +12,10 @@ from torch import Tensor
 from korder.spi import KernelOutput, OperandGradients, Operands, OutputGradients, Plan, PolynomialKernel
 from korder_torch.products import product
 
-Blocks = list[tuple[int, Tensor, Tensor]]
-"""First variable, parents, and the features that are their products."""
+Gather = tuple[Tensor, Tensor, Tensor]
+"""Features of a degree, positions of the parents of those of the next, and where these go."""
+Blocks = list[tuple[Gather | None, int, Tensor, Tensor]]
+"""What is to be gathered before, column, parents, and the features that are their products."""
 
 
 class TorchPolynomialKernel(PolynomialKernel):
@@ -53,8 +55,10 @@ class TorchPolynomialKernel(PolynomialKernel):
         """Return the monomials (r, c); for the full mask in memory that the next call overwrites."""
         result, blocks = self._memory(columns)
         variables = columns.unbind(0)
-        for first, parents, rows in blocks:
-            torch.mul(variables[first], parents, out=rows)
+        for gather, column, parents, rows in blocks:
+            if gather is not None:
+                torch.index_select(gather[0], 0, gather[1], out=gather[2])
+            torch.mul(variables[column], parents, out=rows)
         return result
 
     def _memory(self, columns: Tensor) -> tuple[Tensor, Blocks]:
@@ -70,13 +74,15 @@ class TorchPolynomialKernel(PolynomialKernel):
             self._kept.features = found  # fresh pages would cost more than the multiplications
         return found
 
-    def _blocks(self, result: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield first variable, parents and place of every block of features."""
+    def _blocks(self, result: Tensor) -> Iterator[tuple[Gather | None, int, Tensor, Tensor]]:
+        """Yield what to gather, column, parents and place of every block of features."""
+        pruned = self.table.pruned
         for m in range(1, self.table.degree + 1):
             parents, block = result[self.table.rows(m - 1)], result[self.table.rows(m)]
-            starts, positions = self.table.starts[m - 1], self.table.starts[m]
-            for first in range(self.table.width):
-                yield first, parents[starts[first] :], block[positions[first] : positions[first + 1]]
+            gather = (parents, self.parents(m, result.device)[0], block) if pruned else None
+            for group in self.table.children[m]:
+                yield gather, group.column, block[group.rows] if pruned else parents[group.parents], block[group.rows]
+                gather = None
 
     def running_state(self, tokens: tuple[Tensor, Tensor], carry: Tensor) -> Tensor:
         """Return carry + running sums over tokens, (c, rho, e'), in place."""
