@@ -39,6 +39,7 @@ from korder.experiments.benchmark_figures import (
 from korder.experiments.benchmark_memory import RETURNS_MEMORY, with_growth
 from korder.experiments.machine import usable_cores
 from korder.spec import AttentionSpec, Causal
+from korder.spi.operands import KernelOutput, OperandGradients
 
 REST = 0.06
 """Seconds after which OpenBLAS's and OpenMP's threads sleep."""
@@ -175,8 +176,7 @@ def _no_torch(target: str) -> Measured | None:
 
 def _tensors(case: Case) -> tuple[Any, list[Any], list[Any]]:
     """Query, keys and values as tensors in the same memory."""
-    torch = import_module("torch")
-    make = lambda x: torch.from_numpy(np.asarray(x))  # noqa: E731
+    make: Callable[[Any], Any] = lambda x: import_module("torch").from_numpy(np.asarray(x))  # noqa: E731
     return make(case.operands.query), [*map(make, case.operands.keys)], [*map(make, case.operands.values)]
 
 
@@ -255,7 +255,7 @@ def torch_backend(settings: Settings) -> Measured:
     seconds = _turns(settings, case.forward, other.forward, lambda: case.backward(saved), lambda: other.backward(its))
     turns = [
         Turn(name, theirs / ours, 1.0, f"{time_text(ours)} here, {time_text(theirs)} there")
-        for name, ours, theirs in (("forward", *seconds[:2]), ("backward", *seconds[2:]))
+        for name, (ours, theirs) in zip(("forward", "backward"), (seconds[:2], seconds[2:]), strict=True)
     ]
     return _measured(turns, f"x its speed, n = {n}")
 
@@ -272,12 +272,26 @@ def print_growth(backend: str, order: str, n: str, direction: str) -> None:
     small, case = (make_case(_ORDERS[int(order)], size, 64, backend) for size in (64 // int(order), int(n)))
     for_small = small.forward(save=True)
     small.backward(for_small)
-    saved = case.forward(save=True) if direction == "backward" else None
-    result, growth = with_growth(lambda: case.forward() if saved is None else case.backward(saved))
-    arrays = (result.output, result.lse) if saved is None else (result.query, *result.keys, *result.values)
-    declared = case.prepared.kernel.workspace_bytes if saved is None else 0
+    declared = 0
+    work: Callable[[], tuple[Any, ...]]
+    if direction == "forward":
+        kernel: Any = case.prepared.kernel
+        declared = kernel.workspace_bytes
+        work = lambda: _results(case.forward())  # noqa: E731
+    else:
+        saved = case.forward(save=True)
+        work = lambda: _gradients(case.backward(saved))  # noqa: E731
+    arrays, growth = with_growth(work)
     sample = as_numpy(arrays[0]).ravel()[:: int(n) + 1].tolist()
     print(json.dumps([growth - sum(int(x.nbytes) for x in arrays), declared, sample]))
+
+
+def _results(found: KernelOutput) -> tuple[Any, ...]:
+    return found.output, found.lse
+
+
+def _gradients(found: OperandGradients) -> tuple[Any, ...]:
+    return (found.query, *found.keys, *found.values)
 
 
 def memory(settings: Settings) -> Measured:

@@ -119,8 +119,8 @@ def test_the_exponential(dtype: str, isa: str) -> None:
     got = x.copy()
     _native.kernels(isa).exponential(wide, arrays.address(got), got.size)
     exact_ = np.exp(x.astype(np.longdouble))
-    # x itself is rounded to half a unit in its last place, which e^x magnifies by |x|
-    assert np.all(np.abs(got / exact_ - 1) < (2.5 + np.abs(x) / 2) * np.finfo(dtype).eps)
+    # A score's own rounding does |x| / 2 units to e^x; without fused multiplications as much comes on top.
+    assert np.all(np.abs(got / exact_ - 1) < (2.5 + np.abs(x)) * np.finfo(dtype).eps)
     closed = np.array([-np.inf, -1e30, 2 * lowest], dtype)
     _native.kernels(isa).exponential(wide, arrays.address(closed), closed.size)
     assert np.array_equal(closed, np.zeros(3))
