@@ -39,7 +39,8 @@ struct BackwardPlan {
 
     // Rows a block: many, for the sums over rows, but such that all threads get the same.
     std::int64_t even_tiles(const Call& call) const {
-        const std::int64_t share = call.share(), all = greater(1, pieces(call.queries, rows)), most = lesser(most_tiles, all);
+        const std::int64_t share = call.share(), all = greater(1, pieces(call.queries, rows));
+        const std::int64_t most = lesser(most_tiles, all);
         if (by_head) return pieces(all, pieces(all, most));
         std::int64_t best = most, least = INT64_MAX;
         for (std::int64_t size = most; size >= pieces(most, 2); --size) {

@@ -44,7 +44,8 @@ struct ForwardPlan {
         const std::int64_t enough = by_head ? 1 : 4 * threads;
         while (tiles > 1 && call.share() * pieces(call.queries, tiles * rows) < enough) tiles /= 2;
         items = pieces(call.queries, tiles * rows);
-        if (chunk < call.contracted().length) items = lesser(items, pieces(most_kept_rows / call.share() + 1, tiles * rows));
+        if (chunk < call.contracted().length)
+            items = lesser(items, pieces(most_kept_rows / call.share() + 1, tiles * rows));
         parts = 1;
         if (!by_head && call.share() * items < threads && call.outer() > 0)
             parts = greater(1, lesser(call.modes[0].length, pieces(2 * threads, greater(1, call.share() * items))));

@@ -55,7 +55,8 @@ void read_scaled(Number number, const Matrix& from, std::int64_t offset, std::in
 
 KORDER_INLINE bool is_open(const Mode& mode, std::int64_t b, std::int64_t g, std::int64_t j) {
     if (!mode.mask.data) return true;
-    return static_cast<const std::uint8_t*>(mode.mask.data)[b * mode.mask.batch + g * mode.mask.head + j * mode.mask.column];
+    const std::int64_t at = b * mode.mask.batch + g * mode.mask.head + j * mode.mask.column;
+    return static_cast<const std::uint8_t*>(mode.mask.data)[at];
 }
 
 template <class Real>

@@ -8,8 +8,6 @@
 
 namespace korder::KORDER_ISA {
 
-constexpr int scores_pitch(std::size_t size) { return size == 4 ? Sizes<float>::pitch : Sizes<double>::pitch; }
-
 // scores[r][j] for the panels [first, last) of packed keys, `first` and `last` in keys.
 template <class Real, int Rows>
 __attribute__((noinline)) void tile_scores(const Real* folded, const Real* panels, std::int64_t width,
