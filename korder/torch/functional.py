@@ -61,6 +61,8 @@ def attend(
         query, keys, values, spec, weight, biases, key_masks, query_offset, key_offsets, statistics, backend
     )  # fmt: skip
     if torch.compiler.is_dynamo_compiling():  # which must not be led into what only numbers can answer
+        if _needs_numbers(packed):
+            return _outside(packed).output
         return _like_query(_run_op(packed, _autocast(packed.tensors))[0], query)
     tensors = _autocast(packed.tensors)
     if _chooses(spec, tensors):
@@ -93,6 +95,8 @@ def attend_result(
         query, keys, values, spec, weight, biases, key_masks, query_offset, key_offsets, statistics, backend
     )  # fmt: skip
     if torch.compiler.is_dynamo_compiling():
+        if _needs_numbers(packed):
+            return _outside(packed)
         output, lse = _run_op(packed, _autocast(packed.tensors))[:2]
         return Result(_like_query(output, query), _like_query(lse, query))
     tensors = _autocast(packed.tensors)
@@ -103,6 +107,21 @@ def attend_result(
         found = _recorded(packed, tensors) if has_tangents(tensors) else _run_op(packed, tensors)
         return Result(_like_query(found[0], query), _like_query(found[1], query))
     return _result(packed, tensors, certify=True)
+
+
+def _needs_numbers(packed: Packed) -> bool:
+    """Whether numbers decide what is computed and no statistics stand for them; by the text, which compilers trace."""
+    _, statistics, spec, _ = packed.text.split("\n", 3)
+    for name in ('"tolerance":', '"prune":'):
+        if statistics == "" and name in spec and f"{name}null" not in spec and f"{name}0.0" + "," not in spec:
+            return True
+    return False
+
+
+@torch.compiler.disable(reason="a tolerance, or pruning, needs numbers, or statistics= that stand for them")
+def _outside(packed: Packed) -> Result:
+    """Run a call outside of the graph that a compiler is making."""
+    return attend_result(**arguments_of(packed.tensors, packed.text, packed.offsets))
 
 
 def _chooses(spec: AttentionSpec | None, tensors: list[Tensor]) -> bool:
