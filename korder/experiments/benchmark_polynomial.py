@@ -26,7 +26,6 @@ from korder.experiments.benchmark_cases import Case, Disagreement, as_numpy, mak
 from korder.experiments.benchmark_figures import (
     Measured,
     Settings,
-    case_text,
     measured_slope,
     median_seconds,
     mib_text,
@@ -156,8 +155,9 @@ def causal_slope(settings: Settings) -> Measured:
         times.append(of_causal)
         ratio = of_causal / of_full
     assert case is not None
+    backend = case.prepared.selection.backend.name
     workspace = getattr(case.prepared.kernel, "workspace_bytes", case.plan.cost.peak_memory)
-    found = measured_slope([2**exponent for exponent in exponents], times, 1.1, f"{case_text(case)}, causal")
+    found = measured_slope([2**exponent for exponent in exponents], times, 1.1, f"{backend}, causal, degree 2")
     assert case.plan.polynomial is not None
     states = 8.0 * 2 ** exponents[-1] * 2 * case.plan.polynomial.features * (case.plan.problem.value_width + 1)
     return Measured(
