@@ -50,7 +50,8 @@ def test_environment_variables_are_documented() -> None:
     code = "\n".join(path.read_text() for path in MODULES)
     pages = "\n".join(path.read_text() for path in PAGES)
     variables = set(re.findall(r"KORDER_[A-Z_]+", code))
-    assert variables == {"KORDER_BACKEND", "KORDER_DISABLE_PLUGINS", "KORDER_RATES", "KORDER_STRICT_PLUGINS"}
+    of_korder = {"KORDER_BACKEND", "KORDER_DISABLE_PLUGINS", "KORDER_RATES", "KORDER_STRICT_PLUGINS"}
+    assert variables == of_korder | {"KORDER_NATIVE_ISA"}
     assert all(variable in pages for variable in variables)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from korder.dispatch.registry import default_registry
 from korder.errors import BackendUnavailableError, SpecError, UnsupportedProblemError
-from korder.experiments import benchmark_rows, benchmark_torch
+from korder.experiments import benchmark_native, benchmark_rows, benchmark_torch
 from korder.experiments.benchmark_cases import Disagreement
 from korder.experiments.benchmark_figures import Measured, Settings
 from korder.experiments.benchmark_polynomial import LONG_ROWS
@@ -49,7 +49,11 @@ class BenchmarkReport:
 
 DISAGREES = "WRONG OUTPUT"
 Table = Mapping[str, Callable[[Settings], Measured]]
-TABLES: dict[str, Table] = {"torch": benchmark_torch.ROWS, "cuda": benchmark_torch.CUDA_ROWS}
+TABLES: dict[str, Table] = {
+    "torch": benchmark_torch.ROWS,
+    "cuda": benchmark_torch.CUDA_ROWS,
+    "native": benchmark_native.ROWS,
+}
 """The rows of the backends that have a table of their own; the others have the generic one."""
 
 
@@ -84,7 +88,8 @@ def _table(backend: str) -> Table:
         raise BackendUnavailableError(
             f"backend {backend!r} cannot run here.", got=answer.reason, hint=answer.remedy or None
         )
-    return {**TABLES.get(backend, benchmark_rows.ROWS), **LONG_ROWS}
+    long_rows = LONG_ROWS if registry.get(backend).capabilities().method("polynomial") else {}
+    return {**TABLES.get(backend, benchmark_rows.ROWS), **long_rows}
 
 
 def _chosen(names: tuple[str, ...] | None, table: Table) -> tuple[str, ...]:

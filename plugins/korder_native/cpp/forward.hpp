@@ -1,0 +1,334 @@
+// The exact forward: online softmax over tiles of a few rows, outer keys folded into the query, the last mode contracted.
+//
+// A head's contracted keys are packed a chunk at a time. Threads share a chunk and take blocks of rows, or, when there
+// are heads enough, each takes heads of its own. Where a row is not finished by one thread in one chunk its running sums
+// are kept between, and joined at the end in a fixed order.
+#pragma once
+
+#include "outer.hpp"
+#include "rows.hpp"
+#include "team.hpp"
+#include "tile.hpp"
+
+namespace korder::KORDER_ISA {
+
+constexpr std::int64_t most_kept_rows = 4096;    // whose sums wait for the next chunk
+constexpr std::int64_t block_bytes = 256 << 10;  // of packed keys and values, what stays in the cache next to a core
+
+template <class Real>
+struct ForwardPlan {
+    static constexpr int rows = Shape::rows;
+    std::int64_t padded;        // value width in whole vectors
+    std::int64_t chunk, block;  // contracted keys
+    std::int64_t tiles;         // of rows, in an item
+    std::int64_t items;         // blocks of rows of one query head that are worked on at a time
+    std::int64_t parts;         // of the first outer mode
+    int threads;
+    bool by_head;
+
+    explicit ForwardPlan(const Call& call) {
+        constexpr std::int64_t panel = Sizes<Real>::panel;
+        padded = rounded(call.value_width, Sizes<Real>::column);
+        const std::int64_t length = greater(call.contracted().length, 1);
+        const std::int64_t row = (call.width + padded) * sizeof(Real);
+        const std::int64_t count = pieces(length, greater(chunk_bytes / row / panel, 1) * panel);
+        chunk = rounded(pieces(length, count), panel);
+        const std::int64_t most = lesser(greater(block_bytes / row / panel, 1) * panel, Sizes<Real>::keys);
+        block = rounded(pieces(chunk, pieces(chunk, most)), panel);
+
+        threads = threads_for(call, 1.0);
+        const std::int64_t heads = call.batch * call.groups;
+        by_head = threads == 1 || heads >= 4 * threads;
+        // tiles of an item share a block of keys while it is in the cache, unless outer keys do that already
+        tiles = outer_tuples(call) >= 16 ? 1 : 8;
+        const std::int64_t enough = by_head ? 1 : 4 * threads;
+        while (tiles > 1 && call.share() * pieces(call.queries, tiles * rows) < enough) tiles /= 2;
+        items = pieces(call.queries, tiles * rows);
+        if (chunk < call.contracted().length) items = lesser(items, pieces(most_kept_rows / call.share() + 1, tiles * rows));
+        parts = 1;
+        if (!by_head && call.share() * items < threads && call.outer() > 0)
+            parts = greater(1, lesser(call.modes[0].length, pieces(2 * threads, greater(1, call.share() * items))));
+    }
+
+    // Rows of a query head that are worked on at a time: whole tiles, because a tile writes all of its rows.
+    std::int64_t slab() const { return items * tiles * rows; }
+
+    bool keeps(const Call& call) const { return parts > 1 || chunk < call.contracted().length; }
+};
+
+// The running softmax of the rows of one item.
+template <class Real>
+struct RowState {
+    Real* weighted;  // [rows][padded]
+    Real* top;
+    double* total;
+
+    RowState(Arena& arena, std::int64_t rows, std::int64_t padded)
+        : weighted(arena.take<Real>(rows * padded)), top(arena.take<Real>(rows)), total(arena.take<double>(rows)) {}
+
+    RowState from(std::int64_t row, std::int64_t padded) const {
+        RowState found = *this;
+        found.weighted += row * padded, found.top += row, found.total += row;
+        return found;
+    }
+
+    void start(std::int64_t rows, std::int64_t padded) const {
+        clear(weighted, rows * padded);
+        clear(top, rows, -Real(__builtin_inff()));
+        clear(total, rows, 0.0);
+    }
+};
+
+// What belongs to one head at a time: its packed keys and values, and the rows that are not finished at once.
+template <class Real>
+struct HeadMemory {
+    Real *panels, *columns;
+    RowState<Real> kept;
+
+    HeadMemory(Arena& arena, const Call& call, const ForwardPlan<Real>& plan)
+        : panels(arena.take<Real>(plan.chunk * call.width)),
+          columns(arena.take<Real>(plan.chunk * plan.padded)),
+          kept(arena, plan.keeps(call) ? plan.parts * call.share() * plan.slab() : 0, plan.padded) {}
+};
+
+// What belongs to one thread.
+template <class Real>
+struct ThreadMemory {
+    Real* scratch;
+    OuterMemory<Real> outer;
+    Real* queries;  // [tiles][width][lanes]
+    Real* folded;   // [width][lanes]
+    Real* scores;   // [rows][pitch]
+    Real* extra;    // the same: key masks and biases of the contracted mode
+    RowState<Real> state;
+
+    ThreadMemory(Arena& arena, const Call& call, const ForwardPlan<Real>& plan)
+        : scratch(arena.take<Real>(Sizes<Real>::panel * greater(call.width, plan.padded))),
+          outer(arena, call),
+          queries(arena.take<Real>(plan.tiles * call.width * Sizes<Real>::lanes)),
+          folded(arena.take<Real>(call.width * Sizes<Real>::lanes)),
+          scores(arena.take<Real>(plan.rows * Sizes<Real>::pitch)),
+          extra(arena.take<Real>(plan.rows * Sizes<Real>::pitch)),
+          state(arena, plan.tiles * plan.rows, plan.padded) {}
+};
+
+template <class Real>
+class Forward {
+public:
+    static constexpr int rows = Shape::rows;
+
+    explicit Forward(const Call& call) : call_(call), plan_(call) {
+        Arena head(nullptr), thread(nullptr);
+        HeadMemory<Real>(head, call_, plan_);
+        ThreadMemory<Real>(thread, call_, plan_);
+        head_bytes_ = head.used(), thread_bytes_ = thread.used();
+    }
+
+    std::int64_t bytes() const {
+        return (plan_.by_head ? plan_.threads : 1) * head_bytes_ + plan_.threads * thread_bytes_;
+    }
+
+    void run(char* memory) const {
+        std::int64_t counters[2] = {0, 0};
+        const std::int64_t heads = call_.batch * call_.groups;
+#pragma omp parallel num_threads(plan_.threads)
+        {
+            Team team{omp_get_thread_num(), omp_get_num_threads(), counters};
+            Arena head(memory + (plan_.by_head ? team.thread * head_bytes_ : 0));
+            Arena thread(memory + (plan_.by_head ? plan_.threads : 1) * head_bytes_ + team.thread * thread_bytes_);
+            const HeadMemory<Real> of_head(head, call_, plan_);
+            const ThreadMemory<Real> mine(thread, call_, plan_);
+            mine.outer.start(call_);
+            if (plan_.by_head) {
+                for (std::int64_t at = team.next(); at < heads; at = team.next())
+                    alone(at, of_head, mine);
+            } else {
+                for (std::int64_t at = 0; at < heads; ++at)
+                    attend(at / call_.groups, at % call_.groups, of_head, mine, team);
+            }
+        }
+    }
+
+private:
+    struct Item {
+        std::int64_t head, row, count, part, kept;
+    };
+
+    void alone(std::int64_t at, const HeadMemory<Real>& head, const ThreadMemory<Real>& mine) const {
+        std::int64_t counters[2] = {0, 0};
+        Team team{0, 1, counters};
+        attend(at / call_.groups, at % call_.groups, head, mine, team);
+    }
+
+    void attend(std::int64_t b, std::int64_t g, const HeadMemory<Real>& head, const ThreadMemory<Real>& mine,
+                Team& team) const {
+        for (std::int64_t slab = 0; slab < call_.queries; slab += plan_.slab()) {
+            std::int64_t start = 0;
+            do {
+                team.meet_again();
+                pack(b, g, start, head, mine, team);
+                team.meet();
+                attend_chunk(b, g, slab, start, head, mine, team);
+                start += plan_.chunk;
+            } while (start < call_.contracted().length);
+            if (!plan_.keeps(call_)) continue;
+            team.meet();
+            join(b, g, slab, head.kept, team);
+        }
+    }
+
+    void attend_chunk(std::int64_t b, std::int64_t g, std::int64_t slab, std::int64_t start, const HeadMemory<Real>& head,
+                      const ThreadMemory<Real>& mine, Team& team) const {
+        const std::int64_t items = call_.share() * plan_.items * plan_.parts;
+        if (team.count == 1) *team.counters = 0;
+        for (std::int64_t at = team.next(); at < items; at = team.next()) {
+            const Item item = item_of(g, slab, items - 1 - at);  // under a mask the last ones take longest
+            if (item.count > 0) attend_item(b, item, start, head, mine);
+        }
+    }
+
+    Item item_of(std::int64_t g, std::int64_t slab, std::int64_t index) const {
+        const std::int64_t part = index % plan_.parts, block = index / plan_.parts % plan_.items;
+        const std::int64_t c = index / plan_.parts / plan_.items, row = block * plan_.tiles * rows;
+        return {g * call_.share() + c, slab + row, lesser(plan_.tiles * rows, call_.queries - slab - row), part,
+                (part * call_.share() + c) * plan_.slab() + row};
+    }
+
+    void pack(std::int64_t b, std::int64_t g, std::int64_t start, const HeadMemory<Real>& head,
+              const ThreadMemory<Real>& mine, const Team& team) const {
+        constexpr std::int64_t panel = Sizes<Real>::panel;
+        const Mode& mode = call_.contracted();
+        const Rows keys{call_, mode, mode.keys, call_.width, b, g};
+        const Rows values{call_, mode, mode.values, call_.value_width, b, g};
+        for (std::int64_t p = team.thread * panel; p < plan_.chunk; p += team.count * panel) {
+            pack_panel(keys, start + p, mine.scratch, head.panels + p * call_.width);
+            pack_columns(values, start, start + p, start + p + panel, plan_.chunk, mine.scratch, head.columns);
+        }
+    }
+
+    void attend_item(std::int64_t b, const Item& item, std::int64_t start, const HeadMemory<Real>& head,
+                     const ThreadMemory<Real>& mine) const {
+        RowState<Real> state = mine.state;
+        if (plan_.keeps(call_)) state = head.kept.from(item.kept, plan_.padded);
+        if (start == 0) state.start(rounded(item.count, rows), plan_.padded);
+        read_tiles(call_, call_.query, call_.width, {b, item.head, item.row, item.count}, call_.scale, mine.scratch,
+                   mine.queries);
+        const std::int64_t last = lesser(plan_.chunk, call_.contracted().length - start);
+        for (std::int64_t first = 0; first < last; first += plan_.block)
+            for (std::int64_t row = 0; row < item.count; row += rows)
+                attend_tile(b, item, row, Span{start + first, start + lesser(last, first + plan_.block)}, start, head, mine,
+                            state.from(row, plan_.padded));
+        if (plan_.keeps(call_)) return;
+        for (std::int64_t r = 0; r < item.count; ++r)
+            finish(b, item.head, item.row + r, state.weighted + r * plan_.padded, state.top[r], state.total[r]);
+    }
+
+    // One tile of rows against one block of contracted keys and every outer tuple.
+    void attend_tile(std::int64_t b, const Item& item, std::int64_t row, Span block, std::int64_t start,
+                     const HeadMemory<Real>& head, const ThreadMemory<Real>& mine, const RowState<Real>& state) const {
+        const std::int64_t count = lesser(rows, item.count - row), i = item.row + row;
+        Sight<Shape::rows> sight;
+        sight.look(call_, i, count);
+        const RowsAt at{b, item.head, i, count};
+        OuterWalk<Real, Shape::rows> walk(call_, sight, mine.outer, at);
+        const bool extra = make_extra(call_, at, rows, block, mine.extra);
+        const Real* queries = mine.queries + row / rows * call_.width * Sizes<Real>::lanes;
+        const Real* panels = head.panels + (block.first - start) * call_.width;
+        const Real* columns = head.columns + (block.first - start) * Sizes<Real>::column;
+        const std::int64_t share = pieces(call_.outer() ? call_.modes[0].length : 1, plan_.parts);
+        walk.run(Span{item.part * share, (item.part + 1) * share}, [&] {
+            Span spans[rows];
+            const Span whole = walk.spans(block, spans);
+            if (whole.first >= whole.last) return;
+            const int level = call_.outer();
+            const Real* folded = fold_tile(queries, mine.outer.keys[level], call_.width, mine.folded);
+            const Step step{folded, mine.outer.gate[level], panels, columns, walk.tuple.bias[level],
+                            extra ? mine.extra : nullptr, mine.scores, spans, whole};
+            if (count == 1)
+                absorb<1>(step, state);
+            else if (2 * count <= rows)
+                absorb<rows / 2>(step, state);
+            else
+                absorb<rows>(step, state);
+        });
+    }
+
+    struct Step {
+        const Real *folded, *gate, *panels, *columns, *bias, *extra;
+        Real* scores;
+        const Span* spans;
+        Span keys;
+    };
+
+    template <int Rows>
+    void absorb(const Step& step, const RowState<Real>& state) const {
+        constexpr int pitch = Sizes<Real>::pitch, width = Vector<Real>::width;
+        constexpr int lanes = width > 8 ? width : 8;
+        const auto [first, last] = step.keys;
+        tile_scores<Real, Rows>(step.folded, step.panels, call_.width, first, last, step.scores);
+        Real rescale[lanes] = {}, reference[lanes] = {};
+        for (int r = 0; r < Rows; ++r) {
+            Real* scores = step.scores + r * pitch;
+            if (step.extra) add_row(scores, step.extra + r * pitch, first, last);
+            close_outside(scores, first, last, step.spans[r]);
+            const Real largest = largest_in(scores, first, last) + step.bias[r], before = state.top[r];
+            const Real top = largest > before ? largest : before;
+            const bool empty = top == -Real(__builtin_inff());
+            rescale[r] = empty ? Real(0) : before - top;
+            reference[r] = empty ? Real(0) : top - step.bias[r];
+            state.top[r] = top;
+        }
+        for (int r = 0; r < lanes; r += width) store(rescale + r, exponential<Real>(load(rescale + r)));
+        for (int r = 0; r < Rows; ++r)
+            state.total[r] = state.total[r] * rescale[r] + exponentiate(step.scores + r * pitch, first, last, reference[r]);
+        if (step.gate)
+            tile_values<Real, Rows, true>(step.scores, step.columns, plan_.chunk, plan_.padded, first, last, rescale,
+                                          step.gate, state.weighted);
+        else
+            tile_values<Real, Rows, false>(step.scores, step.columns, plan_.chunk, plan_.padded, first, last, rescale,
+                                           step.gate, state.weighted);
+    }
+
+    void finish(std::int64_t b, std::int64_t h, std::int64_t i, const Real* weighted, Real top, double total) const {
+        const std::int64_t row = (b * call_.heads + h) * call_.queries + i;
+        Real* output = static_cast<Real*>(call_.output) + row * call_.value_width;
+        Real* lse = static_cast<Real*>(call_.lse) + row;
+        if (!(total > 0)) {
+            clear(output, call_.value_width);
+            *lse = -Real(__builtin_inff());
+            return;
+        }
+        const double share = 1 / total;
+        for (std::int64_t c = 0; c < call_.value_width; ++c) output[c] = Real(weighted[c] * share);
+        *lse = Real(double(top) + __builtin_log(total));
+    }
+
+    // Joins the parts of every row of a slab, and finishes it.
+    void join(std::int64_t b, std::int64_t g, std::int64_t slab, const RowState<Real>& kept, const Team& team) const {
+        const std::int64_t size = lesser(plan_.slab(), call_.queries - slab);
+        for (std::int64_t at = team.thread; at < call_.share() * size; at += team.count) {
+            const std::int64_t c = at / size, i = at % size;
+            const RowState<Real> whole = kept.from(c * plan_.slab() + i, plan_.padded);
+            for (std::int64_t part = 1; part < plan_.parts; ++part)
+                merge(whole, kept.from((part * call_.share() + c) * plan_.slab() + i, plan_.padded));
+            finish(b, g * call_.share() + c, slab + i, whole.weighted, *whole.top, *whole.total);
+        }
+    }
+
+    void merge(const RowState<Real>& into, const RowState<Real>& other) const {
+        if (!(*other.total > 0)) return;
+        const Real top = *into.top > *other.top ? *into.top : *other.top;
+        const double left = *into.total > 0 ? __builtin_exp(double(*into.top) - double(top)) : 0;
+        const double right = __builtin_exp(double(*other.top) - double(top));
+        for (std::int64_t c = 0; c < plan_.padded; ++c)
+            into.weighted[c] = Real(left * double(into.weighted[c]) + right * double(other.weighted[c]));
+        *into.total = left * *into.total + right * *other.total;
+        *into.top = top;
+    }
+
+    const Call call_;
+    const ForwardPlan<Real> plan_;
+    std::int64_t head_bytes_ = 0, thread_bytes_ = 0;
+};
+
+}  // namespace korder::KORDER_ISA

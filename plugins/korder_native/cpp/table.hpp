@@ -1,0 +1,33 @@
+// What every instruction set offers: the same functions, compiled for it.
+#pragma once
+
+#include "call.hpp"
+
+namespace korder {
+
+// One operand of a call, for a look at the size of its numbers.
+struct Operand {
+    Matrix rows;
+    std::int64_t heads, length, width;
+    bool closes;  // whether -inf only closes, as in a bias
+};
+
+struct Table {
+    const char* name;
+    int vector_bytes;
+    std::int64_t (*forward_bytes)(const Call&);
+    void (*forward)(const Call&, char* memory);
+    std::int64_t (*backward_bytes)(const Call&);
+    void (*backward)(const Call&, char* memory);
+    double (*largest)(const Call&, const Mode&, const Operand&, void* row);
+    void (*exponential)(bool wide, void* numbers, std::int64_t count);
+};
+
+// The best instruction set that this processor has, or the one that is named; null if there is none such here.
+const Table* find_table(const char* name);
+
+// The names that this build has, null at the end, and which of them this processor has.
+const char* const* known_names();
+bool runs_here(const char* name);
+
+}  // namespace korder
