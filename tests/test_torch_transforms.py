@@ -208,6 +208,17 @@ def test_what_depends_on_numbers_is_refused_while_tracing() -> None:
     torch.testing.assert_close(torch.vmap(known)(q[None])[0], attend(q), rtol=1e-12, atol=1e-13)
 
 
+def test_outside_a_broken_graph_numbers_decide_as_they_do_without_a_compiler() -> None:
+    """A tolerance that takes more than the lowest degree, and pruning."""
+    q, k1, k2, v1, v2 = operands()
+    for method in (Polynomial(tolerance=1e-5), Polynomial(degree=4, prune=1e-2)):
+        spec = AttentionSpec(order=2, scale=0.2, method=method)
+        attend = lambda q, spec=spec: door.attend(q, (k1, k2), (v1, v2), spec=spec)  # noqa: E731
+        torch._dynamo.reset()
+        broken = torch.compile(attend, backend="aot_eager")(q)
+        torch.testing.assert_close(broken, attend(q), rtol=1e-12, atol=1e-13)
+
+
 def test_a_compiler_reports_what_is_wrong() -> None:
     compiled = torch.compile(lambda q, k: door.attend(q, (k,), (k,)), fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match="must have the same width"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +62,9 @@ def attend(
         query, keys, values, spec, weight, biases, key_masks, query_offset, key_offsets, statistics, backend
     )  # fmt: skip
     if torch.compiler.is_dynamo_compiling():  # which must not be led into what only numbers can answer
+        if _needs_numbers(packed):
+            outside: Result = _outside(packed)
+            return outside.output
         return _like_query(_run_op(packed, _autocast(packed.tensors))[0], query)
     tensors = _autocast(packed.tensors)
     if _chooses(spec, tensors):
@@ -93,6 +97,9 @@ def attend_result(
         query, keys, values, spec, weight, biases, key_masks, query_offset, key_offsets, statistics, backend
     )  # fmt: skip
     if torch.compiler.is_dynamo_compiling():
+        if _needs_numbers(packed):
+            outside: Result = _outside(packed)
+            return outside
         output, lse = _run_op(packed, _autocast(packed.tensors))[:2]
         return Result(_like_query(output, query), _like_query(lse, query))
     tensors = _autocast(packed.tensors)
@@ -103,6 +110,21 @@ def attend_result(
         found = _recorded(packed, tensors) if has_tangents(tensors) else _run_op(packed, tensors)
         return Result(_like_query(found[0], query), _like_query(found[1], query))
     return _result(packed, tensors, certify=True)
+
+
+def _needs_numbers(packed: Packed) -> bool:
+    """Whether numbers decide what is computed and no statistics stand for them; by the text, which compilers trace."""
+    _, statistics, spec, _ = packed.text.split("\n", 3)
+    if statistics:
+        return False
+    tolerant = '"tolerance":' in spec and '"tolerance":null' not in spec
+    return tolerant or ('"prune":' in spec and '"prune":null' not in spec and '"prune":0.0,' not in spec)
+
+
+@torch.compiler.disable(reason="a tolerance, or pruning, needs numbers, or statistics= that stand for them")  # type: ignore[untyped-decorator]
+def _outside(packed: Packed) -> Any:
+    """Return the result of a call that is run outside of the graph that a compiler is making."""
+    return attend_result(**arguments_of(packed.tensors, packed.text, packed.offsets))
 
 
 def _chooses(spec: AttentionSpec | None, tensors: list[Tensor]) -> bool:
