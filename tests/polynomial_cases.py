@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import array_api_compat.numpy as xp
@@ -86,3 +88,14 @@ def centre_of(output: KernelOutput) -> np.ndarray:
     """Return the row centres that a kernel used."""
     assert output.residuals is not None
     return np.asarray(output.residuals["centre"])
+
+
+def judge_many(judge: Callable[[int, str], str], seeds: range, dtype: str) -> Counter[str]:
+    """Return how often each word came of judging a case; the seed is told of one that fails."""
+    counts: Counter[str] = Counter()
+    for seed in seeds:
+        try:
+            counts[judge(seed, dtype)] += 1
+        except Exception as error:
+            raise AssertionError(f"seed {seed}, {dtype}: {error}") from error
+    return counts

@@ -14,7 +14,7 @@ from korder.planning.polynomial import polynomial_plan
 from korder.planning.pruning import kept_monomials
 from korder.problem import Problem
 from korder.spec import Polynomial
-from korder.spi import Plan
+from korder.spi import Plan, Pruning
 from tests.oracle_polynomial import _factors, _live_keys, dense_scores, value_products, weighted_answer
 from tests.polynomial_cases import polynomial_case, xp
 from tests.problems import Case
@@ -45,19 +45,24 @@ def all_monomials(width: int, degree: int) -> list[Monomial]:
     return [m for size in range(degree + 1) for m in combinations_with_replacement(range(width), size)]
 
 
-def monomials_of(plan: Plan) -> list[Monomial]:
-    """Return the monomials that a plan keeps, in its order."""
-    assert plan.polynomial is not None
-    pruning = plan.polynomial.pruning
-    if pruning is None:
-        return all_monomials(plan.problem.score_width, plan.polynomial.degree)
-    kept = kept_monomials(pruning)
+def kept_by(given: Pruning) -> list[Monomial]:
+    """Return the monomials that a pruning keeps, in its order."""
+    kept = kept_monomials(given)
     assert kept is not None
     levels: list[list[Monomial]] = [[()]]
     for variables, parents in zip(kept.variables[1:], kept.parents[1:], strict=True):
         made = zip(variables, parents, strict=True)
         levels.append([tuple(sorted((*levels[-1][above], kept.columns[variable]))) for variable, above in made])
     return [m for level in levels for m in level]
+
+
+def monomials_of(plan: Plan) -> list[Monomial]:
+    """Return the monomials that a plan keeps, in its order."""
+    assert plan.polynomial is not None
+    pruning = plan.polynomial.pruning
+    if pruning is None:
+        return all_monomials(plan.problem.score_width, plan.polynomial.degree)
+    return kept_by(pruning)
 
 
 def count_of(monomial: Monomial) -> int:

@@ -181,12 +181,12 @@ def test_rows_run_on_all_cores_and_leave_the_threads_as_they_were(monkeypatch: p
         seen.append(torch.get_num_threads())
         raise RuntimeError
 
-    monkeypatch.setattr(benchmark_torch, "usable_cores", lambda: 2)
+    monkeypatch.setattr(benchmark_figures, "usable_cores", lambda: 2)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with pytest.raises(RuntimeError):
-            benchmark_torch._on_all_cores(row)(Settings(True, 1, "torch"))
+            benchmark_figures.on_all_cores(row)(Settings(True, 1, "torch"))
         assert torch.get_num_threads() == 1
         assert seen == [2]
     finally:

@@ -25,6 +25,7 @@ from tests.pruned_cases import (
     all_monomials,
     count_of,
     dense_pruned,
+    kept_by,
     pruned_case,
     pruned_plan,
 )
@@ -36,16 +37,6 @@ TAYLOR = tuple(1.0 / factorial(m) for m in range(11))
 def pruning(sizes: Any, degree: int, mass: float, reach: float = 1.0) -> Pruning:
     sizes = np.asarray(sizes, dtype=float)
     return Pruning(tuple(float(x) for x in sizes * reach / sizes.sum()), TAYLOR[: degree + 1], mass)
-
-
-def kept_by(given: Pruning) -> list[Monomial]:
-    kept = kept_monomials(given)
-    assert kept is not None
-    levels: list[list[Monomial]] = [[()]]
-    for variables, parents in zip(kept.variables[1:], kept.parents[1:], strict=True):
-        made = zip(variables, parents, strict=True)
-        levels.append([tuple(sorted((*levels[-1][above], kept.columns[variable]))) for variable, above in made])
-    return [m for level in levels for m in level]
 
 
 def mass_of(given: Pruning, monomial: Monomial) -> float:

@@ -15,7 +15,7 @@ from korder.methods.left_out import left_out_sums
 from korder.spec import Polynomial
 from korder.spi import KernelOutput, Plan
 from tests.oracle_polynomial import dense_exact, dense_scores
-from tests.polynomial_cases import KERNELS, centre_of, polynomial_case, xp
+from tests.polynomial_cases import KERNELS, centre_of, judge_many, polynomial_case, xp
 from tests.problems import Case, random_case
 from tests.pruned_cases import (
     anisotropic,
@@ -148,24 +148,14 @@ def judge(seed: int, dtype: str) -> str:
     return "useful" if plan.polynomial.pruning is not None else "whole"
 
 
-def judge_many(seeds: range, dtype: str) -> dict[str, int]:
-    counts = {"useful": 0, "whole": 0, "hopeless": 0, "refused": 0}
-    for seed in seeds:
-        try:
-            counts[judge(seed, dtype)] += 1
-        except Exception as error:
-            raise AssertionError(f"seed {seed}, {dtype}: {error}") from error
-    return counts
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_bounds_hold_whatever_is_left_out(dtype: str) -> None:
-    counts = judge_many(range(100), dtype)
+    counts = judge_many(judge, range(100), dtype)
     assert counts["useful"] > 40, counts
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_bounds_hold_in_many_cases(dtype: str) -> None:
-    counts = judge_many(range(1000, 5000), dtype)
+    counts = judge_many(judge, range(1000, 5000), dtype)
     assert counts["useful"] > 1500, counts

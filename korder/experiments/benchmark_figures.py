@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import statistics
 import subprocess
@@ -9,11 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
 from math import log
+from typing import Any
 
 import numpy as np
 
 from korder.experiments.benchmark_cases import Case
+from korder.experiments.machine import usable_cores
 
 CEILING_SIZE = 2048
 CEILING_FLOPS = 2.0 * CEILING_SIZE**3
@@ -86,6 +91,24 @@ def run_python(program: str, *arguments: str, environment: dict[str, str] | None
     command = [sys.executable, "-c", program, *arguments]
     variables = os.environ | (environment or {})
     return subprocess.run(command, check=True, capture_output=True, text=True, env=variables).stdout
+
+
+def on_all_cores(measure: Callable[[Settings], Measured]) -> Callable[[Settings], Measured]:
+    """Return a row that is measured on all usable cores by PyTorch too, where it is installed."""
+
+    @functools.wraps(measure)
+    def measured(settings: Settings) -> Measured:
+        if find_spec("torch") is None:
+            return measure(settings)
+        torch: Any = import_module("torch")
+        before = torch.get_num_threads()
+        torch.set_num_threads(usable_cores())
+        try:
+            return measure(settings)
+        finally:
+            torch.set_num_threads(before)
+
+    return measured
 
 
 def case_text(case: Case) -> str:

@@ -33,6 +33,7 @@ from korder.experiments.benchmark_figures import (
     Settings,
     median_seconds,
     mib_text,
+    on_all_cores,
     run_python,
     time_text,
 )
@@ -314,23 +315,8 @@ def memory(settings: Settings) -> Measured:
     return _measured(turns, f"MiB a thread, {threads} threads", most=True)
 
 
-def _on_all_cores(measure: Callable[[Settings], Measured]) -> Callable[[Settings], Measured]:
-    def measured(settings: Settings) -> Measured:
-        if find_spec("torch") is None:
-            return measure(settings)
-        torch = import_module("torch")
-        before = torch.get_num_threads()
-        torch.set_num_threads(usable_cores())
-        try:
-            return measure(settings)
-        finally:
-            torch.set_num_threads(before)
-
-    return measured
-
-
 ROWS = {
-    name: _on_all_cores(row)
+    name: on_all_cores(row)
     for name, row in {
         "forward": forward,
         "sdpa-forward": sdpa_forward,

@@ -6,7 +6,6 @@ NumPy's stands beside it. Targets were set for the CPU; on a GPU they are the sa
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 from collections.abc import Callable
@@ -41,6 +40,7 @@ from korder.experiments.benchmark_figures import (
     median_seconds,
     mib_text,
     numpy_product,
+    on_all_cores,
     run_python,
     time_text,
 )
@@ -356,20 +356,6 @@ def polynomial_gradients(settings: Settings) -> Measured:
     )
 
 
-def _on_all_cores(measure: Callable[[Settings], Measured]) -> Callable[[Settings], Measured]:
-    @functools.wraps(measure)
-    def measured(settings: Settings) -> Measured:
-        torch = _torch()
-        before = torch.get_num_threads()
-        torch.set_num_threads(usable_cores())
-        try:
-            return measure(settings)
-        finally:
-            torch.set_num_threads(before)
-
-    return measured
-
-
 def overhead(settings: Settings) -> Measured:
     """What `attend` adds on tensors to a direct call of its kernel, on 16 x 16 operands."""
     return benchmark_rows.overhead(settings, target=200e-6)
@@ -390,6 +376,6 @@ _OWN: dict[str, Callable[[Settings], Measured]] = {
 }
 _NOT_HERE = ("exact-against-torch", "plugins")
 _SHARED = {name: row for name, row in benchmark_rows.ROWS.items() if name not in (*_OWN, *_NOT_HERE)}
-ROWS = {name: _on_all_cores(row) for name, row in (_OWN | _SHARED).items()}
+ROWS = {name: on_all_cores(row) for name, row in (_OWN | _SHARED).items()}
 _OF_THE_PROCESS = ("exact-memory", "import-time")
 CUDA_ROWS = {name: row for name, row in ROWS.items() if name not in _OF_THE_PROCESS}
