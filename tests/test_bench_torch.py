@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 from korder import Full  # noqa: E402
 from korder.dispatch.cache import BoundedCache  # noqa: E402
 from korder.dispatch.registry import default_registry  # noqa: E402
-from korder.experiments import benchmark_torch  # noqa: E402
+from korder.experiments import benchmark_figures, benchmark_torch  # noqa: E402
 from korder.experiments.benchmark import run_benchmark  # noqa: E402
 from korder.experiments.benchmark_figures import Measured, Settings  # noqa: E402
 from korder.experiments.benchmark_memory import with_growth  # noqa: E402
