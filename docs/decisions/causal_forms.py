@@ -5,8 +5,6 @@ The kernels' causal forward, and a sketch of the one by matrix products, over th
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from functools import partial
 from math import factorial
 from typing import Any
@@ -18,6 +16,7 @@ import torch
 
 from korder import AttentionSpec, Causal, Polynomial
 from korder.experiments.benchmark_cases import Case, make_case
+from korder.experiments.benchmark_figures import median_seconds
 from korder.methods.features import feature_table, multinomials, polynomial_features
 
 PROBLEMS = ((64, 2, 1024), (16, 4, 512), (8, 4, 2048))
@@ -60,17 +59,6 @@ def by_products(xp: Any, case: Case, degree: int, chunk: int) -> Any:
     return xp.concat(rows, axis=0)
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Return the least of two times, after a first call."""
-    work()
-    times = []
-    for _ in range(2):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 def main() -> None:
     """Print a line for each problem and backend."""
     for width, degree, n in PROBLEMS:
@@ -81,12 +69,12 @@ def main() -> None:
             expected = np.asarray(causal.forward().output)[0, 0]
             gap = np.abs(np.asarray(by_products(xp, causal, degree, 16)) - expected).max()
             assert gap < 2e-2, gap  # the sketch does not centre rows, which the degree feels
-            full = seconds(whole.forward)
-            running = seconds(causal.forward) / full
-            works = [partial(by_products, xp, causal, degree, chunk) for chunk in CHUNKS]
-            products = [seconds(work) / full for work in works]
-            shown = ", ".join(f"{x:.1f} in chunks of {c}" for x, c in zip(products, CHUNKS, strict=True))
-            print(f"{backend}, d = {width}, degree {degree}, n = {n}: running sums {running:.1f}; products {shown}")
+            sketches = [partial(by_products, xp, causal, degree, chunk) for chunk in CHUNKS]
+            full, running, *products = median_seconds(3, whole.forward, causal.forward, *sketches)
+            shown = ", ".join(f"{x / full:.1f} in chunks of {c}" for x, c in zip(products, CHUNKS, strict=True))
+            print(
+                f"{backend}, d = {width}, degree {degree}, n = {n}: running sums {running / full:.1f}; products {shown}"
+            )
 
 
 if __name__ == "__main__":

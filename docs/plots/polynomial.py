@@ -7,8 +7,7 @@ Writes polynomial_error.svg, polynomial_time.svg and polynomial_crossover.svg be
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import korder
+from korder.experiments.benchmark_figures import median_seconds
 from korder.experiments.benchmark_polynomial import make_tokens
 
 BLUE, ORANGE, GREEN, GREY = "#2c6fbb", "#d9730d", "#2e8b57", "#777777"
@@ -60,23 +60,14 @@ def draw_error(quick: bool) -> Figure:
     return drawn
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Return the least of three times, after a first call."""
-    work()
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 def time_of(order: int, n: int, method: Any, *, rows: int | None = None) -> float:
     """Return the seconds of a call; with `rows` those of so many queries, times n over their number."""
     tokens = make_tokens("numpy", order, n, WIDTH, 0.3)
     taken = tokens if rows is None or rows >= n else tokens.rows(rows)
     spec = korder.AttentionSpec(order=order, method=method)
-    found = seconds(lambda: korder.attend(taken.query, taken.keys, taken.values, spec=spec, backend="numpy"))
+    (found,) = median_seconds(
+        3, lambda: korder.attend(taken.query, taken.keys, taken.values, spec=spec, backend="numpy")
+    )
     return found * n / taken.query.shape[0]
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from korder.conformance.claims import Claims
     from korder.conformance.subject import Subject
 
-KIT_VERSION = "1.1"
+KIT_VERSION = "1.2"
 """Version of the numbered behaviours; a report names it."""
 
 LEVELS = ("core", "claimed")

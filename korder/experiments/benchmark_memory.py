@@ -31,6 +31,11 @@ def with_growth(work: Callable[[], T]) -> tuple[T, int]:
     return result, _resident("VmHWM") - before
 
 
+def peak_resident() -> int:
+    """Return the most resident memory that this process ever had, in bytes."""
+    return _resident("VmHWM")
+
+
 def _resident(field: str) -> int:
     """Bytes of a field of the process's status; elsewhere than on Linux, of its peak."""
     if sys.platform == "linux":

@@ -179,10 +179,11 @@ def _require_last_row(causal: Case, full: Case) -> None:
 
 
 _LARGE_PROGRAM = """
-import json, resource, sys, time
+import json, sys, time
 import numpy as np
 from korder import AttentionSpec, Exact, Polynomial, attend_result
 from korder.experiments.benchmark_cases import as_numpy
+from korder.experiments.benchmark_memory import peak_resident
 from korder.experiments.benchmark_polynomial import make_tokens
 n, backend = int(sys.argv[1]), sys.argv[2]
 tokens = make_tokens(backend, 2, n, 64, 0.3)
@@ -197,9 +198,7 @@ few = type(tokens)(few.query[n // 2 :], few.keys, few.values)
 again = few.attend(Polynomial(degree=2), backend)
 gap = float(np.abs(as_numpy(again.output)[0] - row).max())
 bound = float(as_numpy(found.certificate.bound).max())
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-peak = peak if sys.platform == "darwin" else peak * 1024
-print(json.dumps([seconds, peak, gap, bound, found.provenance.backend]))
+print(json.dumps([seconds, peak_resident(), gap, bound, found.provenance.backend]))
 """
 
 
