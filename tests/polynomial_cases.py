@@ -14,6 +14,7 @@ from korder.planning.polynomial import polynomial_plan
 from korder.spec import Causal, Ordered, Polynomial, Window
 from korder.spi import KernelOutput, Plan
 from korder_numpy.polynomial import NumpyPolynomialKernel
+from tests.limits import RATIO, error, unit
 from tests.problems import Case, random_case
 
 KERNELS = {"generic": PolynomialKernel, "numpy": NumpyPolynomialKernel}
@@ -99,3 +100,16 @@ def judge_many(judge: Callable[[int, str], str], seeds: range, dtype: str) -> Co
         except Exception as error:
             raise AssertionError(f"seed {seed}, {dtype}: {error}") from error
     return counts
+
+
+def assert_sums_agree(case: Case, coefficients: Any, output: KernelOutput, exact: Any, plain: Any) -> None:
+    """Judge output, lse and moments by the ratio rule, its limit grown by the condition of the monomial sum."""
+    condition = max(1.0, float(np.max(exact["condition"])))
+    # the condition is that of the sum of all powers, each times its coefficient
+    terms = {"output": 1.0, "lse": 1.0, "moments": np.abs(coefficients)}
+    for name, term in terms.items():
+        got, wanted = np.asarray(getattr(output, name)) * term, np.asarray(exact[name] * term, dtype=float)
+        largest = float(np.max(np.abs(wanted[np.isfinite(wanted)]), initial=0.0))
+        allowed = error(plain[name] * term, wanted) + unit(case.dtype, largest)
+        assert error(got, wanted) <= RATIO * condition * allowed, name
+    np.testing.assert_allclose(output.magnitude, np.where(exact["mean"] == 0, 0, exact["condition"]), rtol=1e-4)

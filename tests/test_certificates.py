@@ -116,6 +116,24 @@ def adversarial_mask(rng: np.random.Generator, order: int) -> Mask:
     return (Full(), Causal(), window, Ordered())[rng.integers(0, 4)]
 
 
+def adversarial_problem(rng: np.random.Generator, seed: int, order: int, *, widest: int, weighted: float) -> Case:
+    """Return a small problem of every mask and form; `weighted` is the share of those with a weight."""
+    options: dict[str, Any] = {"mask": adversarial_mask(rng, order)}
+    if options["mask"].kind != "full" and rng.random() < 0.5:
+        options |= {
+            "query_offset": int(rng.integers(-1, 4)),
+            "key_offsets": tuple(int(x) for x in rng.integers(0, 3, order)),
+        }
+    return random_case(
+        order, seed=seed, dtype="float64", batch=1, heads=2, groups=int(rng.integers(1, 3)), queries=5,
+        lengths=tuple(int(x) for x in rng.integers(1, 8 if order < 3 else 5, order)),
+        query_width=int(rng.integers(1, widest + 1)), value_width=int(rng.integers(1, 4)),
+        biases=(rng.choice(["key", "shared"]),) * order if rng.random() < 0.3 else None,
+        key_masks=(True,) * order if rng.random() < 0.3 else None,
+        weight="cp" if rng.random() < weighted else None, **options,
+    )  # fmt: skip
+
+
 def adversarial_case(seed: int, dtype: str) -> Case:
     """Return a small hard problem: any source for any operand, scores bounded by 0.1 to 12, every mask and form."""
     rng = np.random.default_rng(seed)
@@ -123,20 +141,8 @@ def adversarial_case(seed: int, dtype: str) -> Case:
     coefficients: dict[str, Any] = {}
     if rng.random() < 0.3:
         coefficients = {"coefficients": "minimax", "interval": float(rng.uniform(0.2, 12.0))}
-    options: dict[str, Any] = {"mask": adversarial_mask(rng, order)}
-    if options["mask"].kind != "full" and rng.random() < 0.5:
-        options |= {
-            "query_offset": int(rng.integers(-1, 4)),
-            "key_offsets": tuple(int(x) for x in rng.integers(0, 3, order)),
-        }
-    case = random_case(
-        order, seed=seed, dtype="float64", batch=1, heads=2, groups=int(rng.integers(1, 3)), queries=5,
-        lengths=tuple(int(x) for x in rng.integers(1, 8 if order < 3 else 5, order)),
-        query_width=int(rng.integers(1, 5)), value_width=int(rng.integers(1, 4)),
-        biases=(rng.choice(["key", "shared"]),) * order if rng.random() < 0.3 else None,
-        key_masks=(True,) * order if rng.random() < 0.3 else None, weight="cp" if rng.random() < 0.2 else None,
-        method=Polynomial(degree=int(rng.integers(1, 9)), **coefficients), **options,
-    )  # fmt: skip
+    case = adversarial_problem(rng, seed, order, widest=4, weighted=0.2)
+    case = case.with_spec(method=Polynomial(degree=int(rng.integers(1, 9)), **coefficients))
 
     def draw(like: Array) -> Array:
         return SOURCES[rng.integers(len(SOURCES))](rng, *like.shape)

@@ -17,8 +17,8 @@ from korder.planning.pruning import kept_monomials
 from korder.spi import NEEDS, OutputGradients
 from korder_torch.polynomial import TorchPolynomialKernel
 from tests.kernels import flat
-from tests.limits import GRADIENT_LIMIT, GRADIENT_STEP, RATIO, error, unit
-from tests.polynomial_cases import COMBINATIONS, KERNELS, centre_of, xp
+from tests.limits import GRADIENT_LIMIT, GRADIENT_STEP
+from tests.polynomial_cases import COMBINATIONS, KERNELS, assert_sums_agree, centre_of, xp
 from tests.problems import Case
 from tests.pruned_cases import (
     Monomial,
@@ -131,14 +131,7 @@ def assert_agrees(case: Case, plan: Any, output: Any) -> None:
     """Judge output, lse and moments by the ratio rule, its limit grown by the condition of the monomial sum."""
     centre = centre_of(output)
     exact, plain = (dense_pruned(case, plan, centre, dtype) for dtype in (np.longdouble, np.dtype(case.dtype)))
-    condition = max(1.0, float(np.max(exact["condition"])))
-    terms = {"output": 1.0, "lse": 1.0, "moments": np.abs(plan.polynomial.values)}
-    for name, term in terms.items():
-        got, wanted = np.asarray(getattr(output, name)) * term, np.asarray(exact[name] * term, dtype=float)
-        largest = float(np.max(np.abs(wanted[np.isfinite(wanted)]), initial=0.0))
-        allowed = error(plain[name] * term, wanted) + unit(case.dtype, largest)
-        assert error(got, wanted) <= RATIO * condition * allowed, name
-    np.testing.assert_allclose(output.magnitude, np.where(exact["mean"] == 0, 0, exact["condition"]), rtol=1e-4)
+    assert_sums_agree(case, plan.polynomial.values, output, exact, plain)
 
 
 @pytest.mark.parametrize(("order", "variant", "mask"), [x for x in COMBINATIONS[::5] if x[:2] != (1, "full_weight")])

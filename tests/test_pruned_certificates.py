@@ -26,7 +26,7 @@ from tests.pruned_cases import (
     score_terms,
     with_degree,
 )
-from tests.test_certificates import SOURCES, adversarial_mask
+from tests.test_certificates import SOURCES, adversarial_problem
 
 Array = Any
 
@@ -88,21 +88,7 @@ def test_the_bound_needs_nothing_but_the_array_api() -> None:
 def hard_case(seed: int, dtype: str) -> Case:
     """Return a small problem with uneven columns, heavy rows, every mask and form, and scores from 0.05 to 12."""
     rng = np.random.default_rng(seed)
-    order = int(rng.integers(1, 4))
-    options: dict[str, Any] = {"mask": adversarial_mask(rng, order)}
-    if options["mask"].kind != "full" and rng.random() < 0.5:
-        options |= {
-            "query_offset": int(rng.integers(-1, 4)),
-            "key_offsets": tuple(int(x) for x in rng.integers(0, 3, order)),
-        }
-    case = random_case(
-        order, seed=seed, dtype="float64", batch=1, heads=2, groups=int(rng.integers(1, 3)), queries=5,
-        lengths=tuple(int(x) for x in rng.integers(1, 8 if order < 3 else 5, order)),
-        query_width=int(rng.integers(1, 6)), value_width=int(rng.integers(1, 4)),
-        biases=(rng.choice(["key", "shared"]),) * order if rng.random() < 0.3 else None,
-        key_masks=(True,) * order if rng.random() < 0.3 else None, weight="cp" if rng.random() < 0.15 else None,
-        **options,
-    )  # fmt: skip
+    case = adversarial_problem(rng, seed, int(rng.integers(1, 4)), widest=5, weighted=0.15)
     coefficients: dict[str, Any] = {}
     if rng.random() < 0.2:
         coefficients = {"coefficients": "minimax", "interval": float(rng.uniform(0.2, 6.0))}
