@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import ISAS, Case, assert_backward, every_gradient, random_case, upstream
-from test_forward import MASKS, mask_of
+from test_forward import MASKS, case_by_chance, mask_of
 
 import korder
 from korder.spi import NEEDS, OutputGradients
@@ -108,22 +108,4 @@ def test_a_masked_nan_does_not_leak_into_gradients() -> None:
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.data())
 def test_shapes_by_chance(data: st.DataObject) -> None:
-    order = data.draw(st.integers(1, 4))
-    most = (60, 14, 7, 5)[order - 1]
-    groups, share = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
-    offsets = st.integers(-9, 9)
-    case = random_case(
-        data.draw(st.integers(0, 60)),
-        tuple(data.draw(st.lists(st.integers(0, most), min_size=order, max_size=order))),
-        seed=data.draw(st.integers(0, 99)),
-        mask=mask_of(data.draw(st.sampled_from(list(MASKS))), order),
-        width=data.draw(st.integers(1, 20)),
-        value_width=data.draw(st.integers(1, 20)),
-        batch=data.draw(st.integers(0, 2)),
-        heads=(groups * share, groups),
-        key_masks=data.draw(st.booleans()),
-        biases=tuple(data.draw(st.sampled_from(["key", "full", "shared", None])) for _ in range(order)),
-        query_offset=data.draw(offsets),
-        key_offsets=tuple(data.draw(offsets) for _ in range(order)),
-    )
-    assert_right(case, data.draw(st.sampled_from(ISAS)))
+    assert_right(case_by_chance(data, 60, 2), data.draw(st.sampled_from(ISAS)))

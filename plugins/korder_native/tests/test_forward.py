@@ -126,29 +126,32 @@ def test_the_exponential(dtype: str, isa: str) -> None:
     assert np.array_equal(closed, np.zeros(3))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.data())
-def test_shapes_by_chance(data: st.DataObject) -> None:
+def case_by_chance(data: st.DataObject, most_rows: int, most_batch: int) -> Case:
+    """Draw a problem of any order, mask, shape and form."""
     order = data.draw(st.integers(1, 4))
     most = (60, 14, 7, 5)[order - 1]
-    lengths = tuple(data.draw(st.lists(st.integers(0, most), min_size=order, max_size=order)))
     groups, share = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
     offsets = st.integers(-9, 9)
-    case = random_case(
-        data.draw(st.integers(0, 20)),
-        lengths,
+    return random_case(
+        data.draw(st.integers(0, most_rows)),
+        tuple(data.draw(st.lists(st.integers(0, most), min_size=order, max_size=order))),
         seed=data.draw(st.integers(0, 99)),
         mask=mask_of(data.draw(st.sampled_from(list(MASKS))), order),
         width=data.draw(st.integers(1, 20)),
         value_width=data.draw(st.integers(1, 20)),
-        batch=data.draw(st.integers(0, 3)),
+        batch=data.draw(st.integers(0, most_batch)),
         heads=(groups * share, groups),
         key_masks=data.draw(st.booleans()),
         biases=tuple(data.draw(st.sampled_from(["key", "full", "shared", None])) for _ in range(order)),
         query_offset=data.draw(offsets),
         key_offsets=tuple(data.draw(offsets) for _ in range(order)),
     )
-    assert_right(case, data.draw(st.sampled_from(ISAS)))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.data())
+def test_shapes_by_chance(data: st.DataObject) -> None:
+    assert_right(case_by_chance(data, 20, 3), data.draw(st.sampled_from(ISAS)))
 
 
 def test_more_rows_than_are_kept_between_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
