@@ -13,7 +13,7 @@ from korder.dispatch import rates
 from korder.experiments import calibrate
 from tests.command_line import call
 
-MINE = rates.Rates(exact=1e9, exponentials=1e8, polynomial=2e9, running=3e7, exact_call=1e-4, call=1e-4)
+MINE = rates.Rates(exact=1e9, exponentials=1e8, polynomial=2e9, running=3e7, rows=2.0, exact_call=1e-4, call=1e-4)
 
 
 @pytest.fixture
@@ -61,6 +61,27 @@ def test_rates_decide_what_auto_takes(file):
 
     assert taken(exact=1e3, exponentials=1e3) == "split"
     assert taken(exact=1e15, exponentials=1e15) == "exact"
+
+
+def test_few_rows_take_the_work_that_rows_share(file):
+    calibrate.write_rates({"numpy": MINE})
+    of_one, of_ten = (
+        rates.whole_seconds(korder.plan(None, query=(rows, 4), keys=[(50, 4)], values=[(50, 3)])[0], "numpy") - 1e-4
+        for rows in (1, 10)
+    )
+    assert of_ten == pytest.approx(of_one * 11 / 2)  # one row takes the time of two
+
+
+def test_a_part_takes_more_than_a_call_of_its_own(file):
+    calibrate.write_rates({"numpy": MINE})
+    exact, polynomial = (
+        korder.plan(korder.AttentionSpec(order=1, method=method), query=(9, 4), keys=[(50, 4)], values=[(50, 3)])[0]
+        for method in (korder.Exact(), korder.Polynomial(degree=2))
+    )
+    for plan, besides in ((exact, rates.CERTIFYING), (polynomial, rates.CHECKING)):
+        alone = rates.whole_seconds(plan, "numpy")
+        assert rates.part_seconds(plan, "numpy") == pytest.approx(alone + besides * MINE.call)
+        assert rates.predicted_seconds(plan, ("numpy",)) == alone
 
 
 def test_a_quick_calibration_is_positive(monkeypatch):

@@ -31,6 +31,8 @@ class Rates:
     """Flop of the polynomial method under the full mask."""
     running: float
     """Flop of the polynomial method where states run along with the rows."""
+    rows: float
+    """How many rows' time an exact call of one row takes: some of its work is the same for any number of them."""
     exact_call: float
     """Seconds of an exact call with no work in it."""
     call: float
@@ -39,13 +41,25 @@ class Rates:
 
 SHIPPED: Mapping[str, Rates] = {
     # measured by `korder bench --calibrate` on 2 cores with AVX2, float32
-    "numpy": Rates(exact=1.1e11, exponentials=1.8e8, polynomial=9.0e9, running=1.7e8, exact_call=7e-4, call=8e-3),
-    "torch": Rates(exact=6.8e10, exponentials=1.0e9, polynomial=9.1e9, running=9.7e7, exact_call=1.4e-3, call=2e-2),
-    # the same on one H100, float32, beside other work; its calls are what takes the time
-    "cuda": Rates(exact=4.1e12, exponentials=1.4e10, polynomial=3.8e10, running=1.2e8, exact_call=2e-3, call=2.7e-2),
+    "numpy": Rates(
+        exact=1.1e11, exponentials=1.8e8, polynomial=9.0e9, running=1.7e8, rows=1.0, exact_call=7e-4, call=8e-3
+    ),
+    "torch": Rates(
+        exact=6.8e10, exponentials=1.2e9, polynomial=3.9e9, running=9.7e7, rows=34.0, exact_call=1.4e-3, call=2e-2
+    ),
+    # the same on one H100, float32, beside other work, but `rows`; its calls are what takes the time
+    "cuda": Rates(
+        exact=4.1e12, exponentials=1.4e10, polynomial=3.8e10, running=1.2e8, rows=34.0, exact_call=2e-3, call=2.7e-2
+    ),
     # not measured
-    "jax": Rates(exact=5.0e10, exponentials=1.0e9, polynomial=2.0e10, running=1.0e9, exact_call=1e-3, call=5e-3),
+    "jax": Rates(
+        exact=5.0e10, exponentials=1.0e9, polynomial=2.0e10, running=1.0e9, rows=34.0, exact_call=1e-3, call=5e-3
+    ),
 }
+CHECKING = 1.0
+"""What looking for rows that miss takes beside a polynomial part, in polynomial calls with no work in them."""
+CERTIFYING = 0.75
+"""What certifying and merging an exact part takes, likewise."""
 OTHERS = SHIPPED["numpy"]
 """For a backend that nobody measured."""
 
@@ -95,7 +109,7 @@ def _unreadable(path: Path, got: str) -> SpecError:
     return SpecError(
         f"{path} does not hold machine rates.",
         code="rates-invalid",
-        expected="a JSON object: backend -> exact, exponentials, polynomial, running, exact_call, call, all positive",
+        expected="a JSON object: backend -> {', '.join(names)}, all positive",
         got=got,
         hint="`korder bench --calibrate` writes it anew; without it the shipped table is used.",
     )
@@ -103,12 +117,21 @@ def _unreadable(path: Path, got: str) -> SpecError:
 
 def predicted_seconds(plan: Plan, backends: tuple[str, ...]) -> float:
     """Return how long a plan is expected to take; `backends` are those of its parts, or its own."""
-    total = 0.0
-    for part, backend in zip(plan.parts or (plan,), backends, strict=True):
-        rates, cost = rates_of(backend), part.cost
-        if part.polynomial is None:
-            total += rates.exact_call + cost.flops / rates.exact + cost.exponentials / rates.exponentials
-        else:
-            full = part.problem.spec.mask.kind == "full"
-            total += rates.call + cost.flops / (rates.polynomial if full else rates.running)
-    return total
+    return sum(map(part_seconds, plan.parts, backends)) if plan.parts else whole_seconds(plan, *backends)
+
+
+def part_seconds(plan: Plan, backend: str) -> float:
+    """Return how long a plan is expected to take as a part of a split, with what is done there besides."""
+    besides = CERTIFYING if plan.polynomial is None else CHECKING
+    return besides * rates_of(backend).call + whole_seconds(plan, backend)
+
+
+def whole_seconds(plan: Plan, backend: str) -> float:
+    """Return how long a plan is expected to take by itself."""
+    rates, cost = rates_of(backend), plan.cost
+    if plan.polynomial is None:
+        work = cost.flops / rates.exact + cost.exponentials / rates.exponentials
+        rows = max(plan.problem.queries, 1)
+        return rates.exact_call + work * (rows + rates.rows - 1.0) / rows
+    full = plan.problem.spec.mask.kind == "full"
+    return rates.call + cost.flops / (rates.polynomial if full else rates.running)
