@@ -275,17 +275,18 @@ def _choice_over_best(tokens: Tokens, backend: str) -> tuple[float, str]:
     candidates, rejected = ranked(default_registry(), request.problem, request.array_kind, backend)
     choice = Choice(api.attend_result, request, tuple(candidates), tuple(rejected))
     near = [x for x in candidates if x.seconds < _WORTH_RUNNING * candidates[0].seconds + 2e-3][:_CANDIDATES]
-    times = {place: _fastest(choice, candidate) for place, candidate in enumerate(near)}
-    best = min(times, key=lambda place: times[place])
+    rounds = [[_time_of(choice, candidate) for candidate in near] for _ in range(3)]  # in turn: a machine has phases
+    times = [min(found) for found in zip(*rounds, strict=True)]
+    best = min(range(len(near)), key=lambda place: times[place])
     return times[0] / times[best], f"{near[0].plan.name} chosen, {near[best].plan.name} faster"
 
 
-def _fastest(choice: Choice, candidate: Candidate) -> float:
-    """Return the least of three times; what misses the tolerance takes for ever."""
+def _time_of(choice: Choice, candidate: Candidate) -> float:
+    """Return the seconds that a candidate takes; what misses the tolerance takes for ever."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return min(_seconds(lambda: choice.run(candidate))[0] for _ in range(3))
+            return _seconds(lambda: choice.run(candidate))[0]
     except AccuracyError:
         return float("inf")
 
