@@ -31,7 +31,7 @@ class Shapes:
 class OutlierLevel:
     """What is left to the polynomial method when the keys above a threshold are set aside.
 
-    Counts are those of the worst head, rounded up to powers of two so that plans are met again.
+    Counts are those of the worst head, rounded up so that plans are met again: keys to powers of two, rows more finely.
     """
 
     threshold: float

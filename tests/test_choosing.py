@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -151,11 +153,76 @@ def test_rows_that_miss_are_computed_exactly(split_first):
 def test_a_higher_degree_is_tried_where_rows_would_cost_more(split_first, monkeypatch):
     arrays, values = operands(2)
     monkeypatch.setattr(outliers, "HOPELESS", 1e9)
-    slow_rows = lambda plan, backends: float(plan.cost.flops) if plan.polynomial is None else 0.0  # noqa: E731
-    monkeypatch.setattr(choosing, "predicted_seconds", slow_rows)
+    slow_rows = lambda part, backend: float(part.cost.flops) if part.polynomial is None else 0.0  # noqa: E731
+    monkeypatch.setattr(choosing, "part_seconds", slow_rows)
     result = korder.attend_result(arrays[0], arrays[1:], values, spec=split_spec(2, tolerance=1e-4))
-    assert any("next degree" in note for note in result.provenance.replanned)
+    first, last = result.provenance.candidates[0], result.provenance.plan
+    assert "next degree" in result.provenance.replanned[0]
+    assert f"degree {last.split.degree}" in result.provenance.replanned[-1]
+    assert f"degree {last.split.degree}" not in first
     within(result, truth(arrays, values, 2))
+
+
+def no_rows_expected(arrays, values, spec):
+    """Return statistics that are wrong: no row is expected to miss, whatever is left to the polynomial."""
+    known = korder.measure(arrays[0], arrays[1:], values, spec=spec)
+    levels = tuple(replace(level, missing=(0,) * len(level.missing)) for level in known.levels)
+    return replace(known, levels=levels)
+
+
+@pytest.fixture
+def polynomial_first(monkeypatch):
+    """Rank the split with the lowest degree and no keys aside first, exact last."""
+    ranked = choosing.ranked
+
+    def first(*arguments):
+        candidates, rejected = ranked(*arguments)
+        order = lambda x: (x.plan.method == "exact", split_keys(x.plan), x.plan.split and x.plan.split.degree)  # noqa: E731
+        return sorted(candidates, key=order), rejected
+
+    monkeypatch.setattr(choosing, "ranked", first)
+
+
+@pytest.mark.parametrize("mask", [korder.Full(), korder.Causal(align="end")], ids=lambda mask: mask.kind)
+@pytest.mark.parametrize("order", [1, 2])
+def test_more_keys_are_set_aside_where_too_few_were(polynomial_first, monkeypatch, order, mask):
+    """A choice that was wrong is mended after running: the keys that widen the scores follow."""
+    arrays, values = operands(order)
+    spec = split_spec(order, mask, 1e-2)
+    whole = tuple(values[t].shape[2] for t in range(order))
+
+    def seconds(part, backend):
+        if part.polynomial is None and part.problem.lengths == whole:
+            return 1.0
+        return 0.01 if any(part.problem.key_masks) else 0.1  # a higher degree on all keys comes later
+
+    monkeypatch.setattr(choosing, "part_seconds", seconds)
+    given = {"statistics": no_rows_expected(arrays, values, spec)}
+    result = korder.attend_result(arrays[0], arrays[1:], values, spec=spec, **given)
+    assert "leaves" in result.provenance.replanned[0]
+    assert "next degree" in result.provenance.replanned[0]
+    assert any(result.provenance.plan.split.keys)
+    error = within(result, truth(arrays, values, order, mask=mask))
+    assert error.max() <= 1e-2 * max(np.ptp(values[0], axis=2).max(), 1.0) ** order
+
+
+def test_tries_end_before_they_cost_what_the_rows_would(polynomial_first, monkeypatch):
+    """However often a split misses: the tries after the first are worth the rows that it left, together."""
+    arrays, values = operands(2, n=23)
+    spec = split_spec(2, tolerance=0.3)
+    every_row = lambda host, certificate, *_: host.ones_like(certificate.bound, dtype=bool)  # noqa: E731
+    monkeypatch.setattr(choosing, "missing_rows", every_row)
+    exactly = lambda part: part.polynomial is None and part.problem.queries == 23  # noqa: E731
+    monkeypatch.setattr(choosing, "part_seconds", lambda part, backend: 1.0 if exactly(part) else 0.3)
+    given = {"statistics": no_rows_expected(arrays, values, spec)}
+    result = korder.attend_result(arrays[0], arrays[1:], values, spec=spec, **given)
+    assert [("next" in note, "exactly" in note) for note in result.provenance.replanned] == [
+        (True, False),
+        (True, False),
+        (True, False),
+        (False, True),
+    ]
+    np.testing.assert_allclose(result.output, truth(arrays, values, 2)[0], rtol=1e-10, atol=1e-12)
 
 
 def test_auto_takes_the_cheapest_and_says_what_there_was():

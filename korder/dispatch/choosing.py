@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from korder.dispatch.arrays import Given, namespace_of_kind, on_host
-from korder.dispatch.rates import predicted_seconds
+from korder.dispatch.rates import part_seconds, predicted_seconds
 from korder.dispatch.registry import Registry
 from korder.dispatch.request import as_given, certificate_as_given
 from korder.dispatch.run import Request, accuracy_hint
@@ -19,12 +19,12 @@ from korder.dispatch.select import Rejection, select
 from korder.errors import AccuracyError, AccuracyWarning, UnsupportedProblemError
 from korder.methods import merging, outliers
 from korder.methods.exact_certificates import certify_exact
+from korder.methods.expectations import expected_shifts
 from korder.methods.tolerances import ToleranceCheck, meets_tolerance, missing_rows
 from korder.planning.candidates import candidate_plans
-from korder.planning.choices import POLYNOMIAL_SHARE, exact_parts, tried_degrees
+from korder.planning.choices import exact_parts
 from korder.planning.exact import exact_plan
 from korder.planning.plan import Plan, SplitPlan
-from korder.planning.polynomial import polynomial_plan
 from korder.problem import Problem
 from korder.result import ROW_FIELDS, Provenance, Result
 from korder.spec import Auto, Exact, Full, Polynomial, Split
@@ -47,6 +47,14 @@ class Candidate:
 
     def __str__(self) -> str:
         return f"{self.plan.name}: {self.seconds:.3g} s"
+
+    def seconds_after(self, tried: SplitPlan) -> float:
+        """Return how long a split is expected to take after another: where their keys agree, those are done."""
+        split, parts = self.plan.split, tuple(zip(self.plan.parts, self.backends, strict=True))
+        assert split is not None
+        if split.threshold == tried.threshold:
+            parts = (parts[0], *parts[1 + sum(map(bool, split.keys)) :])
+        return sum(part_seconds(part, backend) for part, backend in parts)
 
 
 def run_choice(registry: Registry, attend_result: Attend, given: Given, request: Request) -> Result:
@@ -116,7 +124,7 @@ class Choice:
         """
         if candidate.plan.split is None:
             return self._attend(self.request.operands, Exact())
-        return self._checked(self._split(candidate.plan, candidate.backends))
+        return self._checked(self._split(candidate))
 
     def described(self, result: Result, notes: tuple[str, ...]) -> Result:
         """Return a result whose provenance says what there was to choose from."""
@@ -151,55 +159,86 @@ class Choice:
             return mask
         return namespace_of_kind(self.request.array_kind).reshape(mask, (mask.shape[0], mask.shape[2]))
 
-    def _split(self, plan: Plan, backends: tuple[str, ...]) -> Result:
+    def _split(self, candidate: Candidate) -> Result:
         """Run the parts of a split, merge them by lse, and compute the rows that miss exactly.
 
-        Where more rows miss than a higher degree would cost, that degree is tried first.
+        Where those would take longer than a split that goes further, that one is run first. This ends: each goes
+        further than the one before, and all together must be expected to take less than the rows that are left.
         """
-        split, problem, tolerance = plan.split, self.request.problem, self.request.problem.spec.tolerance
-        assert split is not None
-        assert tolerance is not None
         host, (known,) = on_host(self.request.array_kind, _detached(self.request.operands))
-        light, parts = self._without_outliers(split, known)
-        degree, notes = split.degree, []
+        sizes = outliers.typical_sizes(host, self.request.problem, known)
+        rest, notes, spent = None, [], 0.0
         while True:
-            error = outliers.expected_errors(host, light.problem, light.known, (degree,))[0]
-            hopeless = host.logical_not(error <= outliers.HOPELESS * POLYNOMIAL_SHARE * tolerance)
-            operands = outliers.without_queries(light.xp, light.operands, hopeless)
-            method = Polynomial(degree=degree, prune=split.prune or None)
-            whole = self._merged([self._attend(operands, method), *parts])
-            (certificate,) = on_host(self.request.array_kind, whole.certificate)[1]
-            missing = host.logical_or(hopeless, missing_rows(host, certificate, known, tolerance))
-            count = outliers.largest_count(host, missing)
-            better = self._higher(light.problem, degree, count, backends)
-            if not better:
+            split = candidate.plan.split
+            assert split is not None
+            if rest is None or rest.threshold != split.threshold:
+                rest = self._without_outliers(split, known, sizes)
+            whole, missing = self._with_polynomial(rest, split)
+            count = outliers.row_count(host, missing)
+            further = self._further(candidate, count, spent)
+            if further is None:
                 break
-            notes.append(f"degree {degree} leaves {count} rows a head; next degree {better}")
-            degree = better
+            notes.append(f"{_kind_of(split)} leaves {count} rows a head; next {_kind_of(further.plan.split)}")
+            spent += further.seconds_after(split)
+            candidate = further
         if count:
-            notes.append(f"degree {degree} leaves {count} rows a head, computed exactly")
-            gathered = outliers.of_queries(light.xp, problem, self.request.operands, missing, count)
-            whole = _with_rows(light.xp, whole, self._exact(gathered, full=True), missing)
+            notes.append(f"{_kind_of(split)} leaves {count} rows a head, computed exactly")
+            gathered = outliers.of_queries(rest.xp, self.request.problem, self.request.operands, missing, count)
+            whole = _with_rows(rest.xp, whole, self._exact(gathered, full=True), missing)
         assert whole.provenance is not None
-        return replace(whole, provenance=replace(whole.provenance, plan=plan, replanned=tuple(notes)))
+        return replace(whole, provenance=replace(whole.provenance, plan=candidate.plan, replanned=tuple(notes)))
 
-    def _without_outliers(self, split: SplitPlan, known: Operands) -> tuple[_Light, list[Result]]:
-        """Return what is left when outlying keys are set aside, and the results of the tuples that hold one."""
+    def _further(self, tried: Candidate, count: int, spent: float) -> Candidate | None:
+        """Return the split to try next after one that left `count` rows, None to compute these exactly."""
+        split = tried.plan.split
+        assert split is not None
+        if not count:
+            return None
+        options = [other for other in self.candidates if _goes_further(other.plan.split, split)]
+        if not options:
+            return None
+        best = min(options, key=lambda option: option.seconds_after(split))
+        return best if spent + best.seconds_after(split) < self._row_seconds(tried, count) else None
+
+    def _row_seconds(self, tried: Candidate, count: int) -> float:
+        """Return how long it is expected to take to compute some rows exactly; infinite where that does not fit."""
+        exact = next((other for other in self.candidates if other.plan.method == "exact"), tried)
+        try:
+            (rows,) = exact_parts(self.request.problem, (), count)
+            return part_seconds(exact_plan(rows), exact.backends[-1])
+        except UnsupportedProblemError:
+            return float("inf")
+
+    def _without_outliers(self, split: SplitPlan, known: Operands, sizes: tuple[Array, ...]) -> _Rest:
+        """Return what is left when outlying keys are set aside, with the results of the tuples that hold one."""
         request = self.request
         xp = namespace_of_kind(request.array_kind)
         if not any(split.keys):
-            return _Light(xp, request.problem, request.operands, known), []
+            return _Rest(xp, split.threshold, request.problem, request.operands, known, sizes, ())
         host, _ = on_host(request.array_kind)
-        sizes = outliers.typical_sizes(host, request.problem, known)
         found = outliers.outlying_keys(host, sizes, split.threshold)
-        parts = [
+        parts = tuple(
             self._exact(outliers.with_outlier(xp, request.problem, request.operands, found, t, count))
             for t, count in enumerate(split.keys)
             if count
-        ]
+        )
         masked = replace(request.problem, key_masks=(True,) * request.problem.order)
-        rest = outliers.without_keys(xp, request.operands, found)
-        return _Light(xp, masked, rest, outliers.without_keys(host, known, found)), parts
+        operands, known = outliers.without_keys(xp, request.operands, found), outliers.without_keys(host, known, found)
+        return _Rest(xp, split.threshold, masked, operands, known, sizes, parts)
+
+    def _with_polynomial(self, rest: _Rest, split: SplitPlan) -> tuple[Result, Array]:
+        """Return the whole with the rest by polynomial, and which rows miss the tolerance."""
+        kind, tolerance = self.request.array_kind, self.request.problem.spec.tolerance
+        assert tolerance is not None
+        host, (known,) = on_host(kind, _detached(self.request.operands))
+        degrees = tuple(range(2, split.degree + 1, 2))
+        shift = expected_shifts(host, rest.problem, rest.known, rest.sizes, degrees)[-1]
+        hopeless = host.logical_not(shift <= outliers.HOPELESS * tolerance)
+        operands = outliers.without_queries(rest.xp, rest.operands, hopeless)
+        method = Polynomial(degree=split.degree, prune=split.prune or None)
+        whole = self._merged([self._attend(operands, method), *rest.parts])
+        (certificate,) = on_host(kind, whole.certificate)[1]
+        return whole, host.logical_or(hopeless, missing_rows(host, certificate, known, tolerance))
 
     def _merged(self, parts: list[Result]) -> Result:
         """Return parts over disjoint sets of tuples as one; the certificate has no graph."""
@@ -210,18 +249,6 @@ class Choice:
         plain = [_detached(part) for part in parts]
         certificate = merging.merge_certificates(xp, plain, lse.detach() if hasattr(lse, "detach") else lse)
         return Result(output, lse, certificate, parts[0].provenance)
-
-    def _higher(self, problem: Problem, degree: int, rows: int, backends: tuple[str, ...]) -> int:
-        """Return the next degree if it is expected to cost less than the rows that this one leaves, else 0."""
-        following = degree + 2
-        if not rows or following not in tried_degrees(problem.score_width):
-            return 0
-        try:
-            again = predicted_seconds(polynomial_plan(problem, following), backends[:1])
-            exactly = predicted_seconds(exact_plan(exact_parts(problem, (), rows)[0]), backends[-1:])
-        except UnsupportedProblemError:
-            return 0
-        return following if again < exactly else 0
 
     def _exact(self, operands: Operands, *, full: bool = False) -> Result:
         """Run a part exactly and certify its rounding."""
@@ -252,13 +279,34 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class _Light:
-    """What the polynomial method is given: the operands, and `known`, the same without a graph, on the host."""
+class _Rest:
+    """What is left to the polynomial method, and what has been computed of the tuples that are not."""
 
     xp: Any
+    threshold: float
     problem: Problem
     operands: Operands
     known: Operands
+    """The operands without a graph, on the host."""
+    sizes: tuple[Array, ...]
+    """Typical sizes of the keys, on the host."""
+    parts: tuple[Result, ...]
+    """Of the tuples that hold an outlying key."""
+
+
+def _goes_further(split: SplitPlan | None, tried: SplitPlan) -> bool:
+    """Whether a split leaves fewer rows than one that was tried: more keys aside, a higher degree, less left out."""
+    if split is None:
+        return False
+    own, other = ((-x.threshold, x.degree, -x.prune) for x in (split, tried))
+    return own != other and all(a >= b for a, b in zip(own, other, strict=True))
+
+
+def _kind_of(split: SplitPlan | None) -> str:
+    """Return what is said of a split in the notes of a result."""
+    assert split is not None
+    pruned = " pruned" if split.prune else ""
+    return f"degree {split.degree}{pruned} without {' + '.join(map(str, split.keys))} keys"
 
 
 def _missed(problem: Problem, tolerance: float, check: ToleranceCheck) -> AccuracyError:

@@ -127,6 +127,20 @@ def taylor_slope(xp: Any, degree: int, low: Array, high: Array) -> tuple[int, Ar
     return degree, xp.maximum(right, left) * (1.0 + 1e-9)
 
 
+def taylor_slopes(xp: Any, degrees: tuple[int, ...], low: Array, high: Array) -> list[Array]:
+    """Return C of `taylor_slope` for even degrees that grow: estimates, with one series for all of them."""
+    zero = xp.zeros_like(low)
+    above, below = xp.maximum(high, zero), xp.maximum(-low, zero)
+    found, last = [], max(degrees, default=0)
+    right = _remainder_ratio(xp, last, above)
+    for degree in range(last, min(degrees, default=1) - 1, -1):
+        if degree in degrees:
+            left = xp.minimum(below / factorial(degree + 1), zero + 1.0 / factorial(degree))
+            found.append(xp.maximum(right, left))
+        right = above * (right + 1.0 / factorial(degree))  # that of the degree below
+    return found[::-1]
+
+
 def _remainder_ratio(xp: Any, degree: int, x: Array) -> Array:
     """Return the sum of x^m / (degree + m)! over m >= 1, for x >= 0; exp(x) / x^degree, which is more, far out."""
     near = xp.minimum(x, xp.full_like(x, _SERIES_REACH))

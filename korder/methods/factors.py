@@ -85,6 +85,11 @@ class Factor:
         """Tokens."""
         return int(self.rows.shape[0])
 
+    def taken(self, xp: Any, positions: Array) -> Factor:
+        """Return the factor of the rows at some positions (c,)."""
+        live, weights = (None if x is None else xp.take(x, positions, axis=0) for x in (self.live, self.weights))
+        return replace(self, rows=xp.take(self.rows, positions, axis=0), live=live, weights=weights)
+
     def operand_columns(self, xp: Any, start: int, stop: int) -> Array:
         """Return the operand's columns (d_t, stop - start); dead keys and positions outside the array are zero."""
         low, high = min(max(start, 0), self.length), max(min(stop, self.length), 0)

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from array_api_compat import device
 
-from korder.methods.approximation import taylor_slope
+from korder.methods.expectations import expected_shifts, value_reach
 from korder.methods.factors import Factor, planes
 from korder.methods.readings import prod_arrays
-from korder.methods.sight import TOKENS, live_rows
-from korder.methods.statistics import column_rms, measure, row_bounds, row_centres, row_rms
+from korder.methods.sight import TOKENS
+from korder.methods.statistics import column_rms, measure
 from korder.planning.choices import POLYNOMIAL_SHARE, SPLIT_MASKS, tried_degrees
 from korder.problem import OutlierLevel, Problem, ScoreStatistics
 from korder.spi.operands import Operands
@@ -24,8 +24,11 @@ from korder.spi.operands import Operands
 Array = Any
 THRESHOLDS = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0)
 """Multiples of the median above which the typical score of a key may be called an outlier."""
+_TINY = 1e-300
+MOST_OUTLYING = 0.5
+"""Share of the tuples up to which keys are set aside: a split that computes more exactly gains little."""
 HOPELESS = 10.0
-"""Rows whose expected error is this many times what is allowed are not left to the polynomial at all."""
+"""Rows whose weights are expected to be off by this many times the tolerance are not left to the polynomial at all."""
 
 
 @np.errstate(all="ignore")
@@ -80,63 +83,67 @@ def _medians(xp: Any, sizes: Array) -> Array:
     return xp.where(live > 0, found, xp.full_like(found, float("inf")))
 
 
-@np.errstate(all="ignore")
-def expected_errors(xp: Any, problem: Problem, operands: Operands, degrees: tuple[int, ...]) -> list[Array]:
-    """Return what the moment certificate of each even degree is expected to say of every row, over its value range.
-
-    As if a row's scores were normal, with their measured rms and range. It chooses plans and bounds nothing.
-
-    Shapes:  per degree (b, h, n), float64; 0 in rows that see nothing.
-    """
-    bounds, centre = row_bounds(xp, problem, operands), row_centres(xp, problem, operands, "taylor")
-    live, _ = live_rows(xp, problem, operands)
-    low, high = bounds.low - centre, bounds.high - centre
-    rms = row_rms(xp, problem, operands)
-    widest = xp.maximum(xp.abs(low), xp.abs(high))
-    rms = widest if rms is None else rms
-    found = []
-    for degree in degrees:
-        _, slope = taylor_slope(xp, degree, low, high)
-        moment = xp.minimum(rms**degree * float(prod(range(1, degree, 2))), widest**degree)
-        found.append(xp.where(live, slope * moment, xp.zeros_like(moment)))
-    return found
-
-
 def measure_levels(xp: Any, problem: Problem, operands: Operands) -> ScoreStatistics:
     """Return the statistics of the scores, and what each threshold of outlying keys leaves to each degree.
 
-    Cost:  that of `measure` for each threshold that sets other keys aside than the one before.
+    Thresholds fall until nothing is left to gain, or the outliers' own tuples are more than half of all.
+
+    Cost:  that of `measure`, and of 2^18 scores a head, for each threshold that sets other keys aside.
     """
     whole = measure(xp, problem, operands)
     if problem.spec.mask.kind not in SPLIT_MASKS or prod((problem.batch, problem.queries, problem.tuples)) == 0:
         return whole
-    sizes = typical_sizes(xp, problem, operands)
-    levels = [_level(xp, problem, operands, float("inf"), (0,) * problem.order)]
+    sizes, reach = typical_sizes(xp, problem, operands), value_reach(xp, problem, operands)
+    levels = [_level(xp, problem, operands, sizes, reach, OutlierLevel(float("inf"), (0,) * problem.order, ()))]
+    masked = replace(problem, key_masks=(True,) * problem.order)
     for threshold in reversed(THRESHOLDS):
         found = outlying_keys(xp, sizes, threshold)
-        counts = tuple(largest_count(xp, x) for x in found)
+        counts = tuple(key_count(xp, x) for x in found)
+        if not any(levels[-1].missing[:1]) or outlying_share(problem, counts) > MOST_OUTLYING:
+            break
         if counts != levels[-1].keys:
-            masked = replace(problem, key_masks=(True,) * problem.order)
-            levels.append(_level(xp, masked, without_keys(xp, operands, found), threshold, counts))
+            rest = without_keys(xp, operands, found)
+            levels.append(_level(xp, masked, rest, sizes, reach, OutlierLevel(threshold, counts, ())))
     return replace(whole, levels=tuple(levels))
 
 
-def _level(xp: Any, problem: Problem, operands: Operands, threshold: float, counts: tuple[int, ...]) -> OutlierLevel:
-    allowed = POLYNOMIAL_SHARE * (problem.spec.tolerance or 0.0)
-    errors = expected_errors(xp, problem, operands, tried_degrees(problem.score_width))
+def outlying_share(problem: Problem, counts: tuple[int, ...]) -> float:
+    """Return the share of all tuples that the exact parts of so many outlying keys compute."""
+    return sum(count / max(length, 1) for count, length in zip(counts, problem.lengths, strict=True))
+
+
+@np.errstate(all="ignore")
+def _level(
+    xp: Any, problem: Problem, operands: Operands, sizes: tuple[Array, ...], reach: Array, level: OutlierLevel
+) -> OutlierLevel:
+    """Return the level with the rows that are expected to miss the tolerance."""
+    tolerance = problem.spec.tolerance or 0.0
+    allowed = POLYNOMIAL_SHARE * tolerance if any(level.keys) else tolerance
+    shifts = expected_shifts(xp, problem, operands, sizes, tried_degrees(problem.score_width))
+    about = (shift / xp.maximum(1.0 - shift, xp.full_like(shift, _TINY)) * reach for shift in shifts)
+    errors = (xp.minimum(shift, moved) for shift, moved in zip(shifts, about, strict=True))
     # NaN and infinity are missed too
-    missing = tuple(largest_count(xp, xp.logical_not(error <= allowed)) for error in errors)
-    return OutlierLevel(threshold, counts, missing)
+    return replace(level, missing=tuple(row_count(xp, xp.logical_not(error <= allowed)) for error in errors))
 
 
-def largest_count(xp: Any, found: Array) -> int:
-    """Return the most found tokens of a head, rounded up."""
-    return rounded_count(int(xp.max(xp.sum(xp.astype(found, xp.int64), axis=2))), int(found.shape[2]))
+def key_count(xp: Any, found: Array) -> int:
+    """Return the most found keys of a head, rounded up to a power of two."""
+    return _rounded(_largest(xp, found), 0, int(found.shape[2]))
 
 
-def rounded_count(count: int, length: int) -> int:
-    """Return a count rounded up to a power of two, at most the length."""
-    return min(1 << (count - 1).bit_length(), length) if count else 0
+def row_count(xp: Any, found: Array) -> int:
+    """Return the most found rows of a head, rounded up to three binary digits: a quarter more at most."""
+    return _rounded(_largest(xp, found), 3, int(found.shape[2]))
+
+
+def _largest(xp: Any, found: Array) -> int:
+    return int(xp.max(xp.sum(xp.astype(found, xp.int64), axis=2)))
+
+
+def _rounded(count: int, digits: int, length: int) -> int:
+    """Return a count rounded up to so many binary digits below its leading power of two, at most the length."""
+    unit = 1 << max((count - 1).bit_length() - digits, 0)
+    return min(-(-count // unit) * unit, length)
 
 
 def without_keys(xp: Any, operands: Operands, found: tuple[Array, ...]) -> Operands:

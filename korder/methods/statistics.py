@@ -313,10 +313,19 @@ def _second_moments(xp: Any, sight: Sight, plane: Plane) -> Iterator[tuple[int, 
             last = key.length if sight.full else min(max(stop + sight.shifts[t], 0), key.length)
             first = max(stop + sight.shifts[t] - sight.windows[t], 0) if sight.windows else 0
             totals.append(walk.over(min(first, last), last))
-        counts = [xp.where(total[-1:, -1:] == 0.0, 1.0, total[-1:, -1:]) for total in totals]
-        means = [total / count for total, count in zip(totals, counts, strict=True)]
-        product = prod_arrays(means)
-        yield stop - 1 if sight.windows else start, stop, product[:-1, :-1], product[:-1, -1:]
+        yield stop - 1 if sight.windows else start, stop, *_products(xp, totals)
+
+
+def plane_moments(xp: Any, plane: Plane) -> tuple[Array, Array]:
+    """Return the second moments (w, w) and the means (w, 1) of the key products of all live tuples."""
+    return _products(xp, [_gram_sums(xp, key, TOKENS).over(0, key.length) for key in plane.keys])
+
+
+def _products(xp: Any, totals: list[Array]) -> tuple[Array, Array]:
+    """Return the second moments and means of key products, given the sums that `_gram` makes of each mode's keys."""
+    counts = [xp.where(total[-1:, -1:] == 0.0, 1.0, total[-1:, -1:]) for total in totals]
+    product = prod_arrays([total / count for total, count in zip(totals, counts, strict=True)])
+    return product[:-1, :-1], product[:-1, -1:]
 
 
 def _gram_sums(xp: Any, key: Factor, step: int) -> SlidingSums[Array]:

@@ -46,7 +46,7 @@ def meets_tolerance(xp: Any, certificate: Certificate, operands: Operands, toler
     Both references are the largest over channels of the row's head. Rows with no live tuple are exempt, and where an
     operand holds NaN or infinity so are rows with NaN; a NaN that came out of finite operands misses.
     """
-    return check_parts(xp, certificate, _head_values(xp, operands), _all_finite(xp, operands), tolerance)
+    return check_parts(xp, certificate, head_values(xp, operands), _all_finite(xp, operands), tolerance)
 
 
 @np.errstate(all="ignore")
@@ -67,7 +67,7 @@ def check_parts(
 @np.errstate(all="ignore")
 def missing_rows(xp: Any, certificate: Certificate, operands: Operands, tolerance: float) -> Array:
     """Return which rows' approximation is not known to be within the tolerance: (b, h, n) bool."""
-    spread, _ = _head_values(xp, operands)
+    spread, _ = head_values(xp, operands)
     return xp.logical_not(certificate.approximation <= tolerance * spread[:, :, None])
 
 
@@ -98,7 +98,7 @@ def _worst_row(xp: Any, part: str, bound: Array, allowed: Array) -> ToleranceChe
     return ToleranceCheck(found <= 1.0, found, part, *at, float(bound[at]), float(allowed[at]))
 
 
-def _head_values(xp: Any, operands: Operands) -> tuple[Array, Array]:
+def head_values(xp: Any, operands: Operands) -> tuple[Array, Array]:
     """Return the range of value products and the largest absolute one, over all live keys: (b, h) float64 each."""
     batch, heads = operands.query.shape[:2]
     shared = heads // operands.values[0].shape[1]

@@ -19,8 +19,8 @@ from korder.spec import Exact
 
 SPLIT_MASKS = ("full", "causal")
 HIGHEST_TRIED = 12
-POLYNOMIAL_SHARE = 0.6
-"""Share of the tolerance that the polynomial part is given; joined to exact parts its error may grow by a half."""
+POLYNOMIAL_SHARE = 0.8
+"""Share of the tolerance that a polynomial part is given; joined to exact parts its error grows by a quarter or so."""
 
 
 def tried_degrees(width: int) -> tuple[int, ...]:
