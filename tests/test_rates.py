@@ -13,7 +13,9 @@ from korder.dispatch import rates
 from korder.experiments import calibrate
 from tests.command_line import call
 
-MINE = rates.Rates(exact=1e9, exponentials=1e8, polynomial=2e9, running=3e7, rows=2.0, exact_call=1e-4, call=1e-4)
+MINE = rates.Rates(
+    exact=1e9, exponentials=1e8, polynomial=2e9, wide=1e9, running=3e7, rows=2.0, exact_call=1e-4, call=1e-4
+)
 
 
 @pytest.fixture
@@ -70,6 +72,19 @@ def test_few_rows_take_the_work_that_rows_share(file):
         for rows in (1, 10)
     )
     assert of_ten == pytest.approx(of_one * 11 / 2)  # one row takes the time of two
+
+
+def test_many_features_have_a_rate_of_their_own(file):
+    calibrate.write_rates({"numpy": MINE})
+    few, many = (
+        korder.plan(
+            korder.AttentionSpec(order=2, method=korder.Polynomial(degree=degree)),
+            query=(9, 16), keys=[(50, 16)] * 2, values=[(50, 16)] * 2,
+        )[0]
+        for degree in (4, 6)
+    )  # fmt: skip
+    for plan, rate in ((few, MINE.polynomial), (many, MINE.wide)):
+        assert rates.whole_seconds(plan, "numpy") == pytest.approx(MINE.call + plan.cost.flops / rate)
 
 
 def test_a_part_takes_more_than_a_call_of_its_own(file):

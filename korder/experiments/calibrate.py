@@ -69,9 +69,10 @@ def _rates(backend: str, maker: Maker) -> Rates:
     exact, exact_plan = _timed(backend, maker, AttentionSpec(order=2, method=Exact()), n=300, width=64)
     row, _ = _timed(backend, maker, AttentionSpec(order=2, method=Exact()), n=300, width=64, rows=1)
     thin, thin_plan = _timed(backend, maker, AttentionSpec(order=2, method=Exact()), n=300, width=1)
-    # so many features that their sums stay in no cache: where they do, calls are what takes the time
-    full = AttentionSpec(order=2, method=Polynomial(degree=6), scale=0.1)
-    polynomial, polynomial_plan = _timed(backend, maker, full, n=512, width=16)
+    full = AttentionSpec(order=2, method=Polynomial(degree=4), scale=0.1)
+    polynomial, polynomial_plan = _timed(backend, maker, full, n=4096, width=16)
+    many = AttentionSpec(order=2, method=Polynomial(degree=6), scale=0.1)
+    wide, wide_plan = _timed(backend, maker, many, n=512, width=16)
     causal = AttentionSpec(order=2, method=Polynomial(degree=2), scale=0.1, mask=Causal())
     running, running_plan = _timed(backend, maker, causal, n=512, width=16)
 
@@ -84,6 +85,7 @@ def _rates(backend: str, maker: Maker) -> Rates:
         exact=rate(exact_plan.cost.flops, products, exact_call),
         exponentials=exponentials,
         polynomial=rate(polynomial_plan.cost.flops, polynomial, call),
+        wide=rate(wide_plan.cost.flops, wide, call),
         running=rate(running_plan.cost.flops, running, call),
         rows=max(1.0, float(f"{300 * (row - exact_call) / max(exact - exact_call, 0.1 * exact):.1e}")),
         exact_call=float(f"{exact_call:.1e}"),
