@@ -331,18 +331,16 @@ def print_growth(backend: str, order: str, n: str, direction: str) -> None:
     small, case = (make_case(_ORDERS[int(order)], size, 64, backend) for size in (64 // int(order), int(n)))
     for_small = small.forward(save=True)
     small.backward(for_small)
-    declared = 0
+    kernel: Any = case.prepared.kernel
     work: Callable[[], tuple[Any, ...]]
     if direction == "forward":
-        kernel: Any = case.prepared.kernel
-        declared = kernel.workspace_bytes
         work = lambda: _results(case.forward())  # noqa: E731
     else:
         saved = case.forward(save=True)
         work = lambda: _gradients(case.backward(saved))  # noqa: E731
     arrays, growth = with_growth(work)
     sample = as_numpy(arrays[0]).ravel()[:: int(n) + 1].tolist()
-    print(json.dumps([growth - sum(int(x.nbytes) for x in arrays), declared, sample]))
+    print(json.dumps([growth - sum(int(x.nbytes) for x in arrays), int(kernel.workspace_bytes), sample]))
 
 
 def _results(found: KernelOutput) -> tuple[Any, ...]:
@@ -354,7 +352,7 @@ def _gradients(found: OperandGradients) -> tuple[Any, ...]:
 
 
 def memory(settings: Settings) -> Measured:
-    """Peak memory beyond operands and results, a thread, in a process of its own; forward also as it is declared."""
+    """Peak memory beyond operands and results, a thread, in a process of its own; and what is declared of a call."""
     if sys.platform == "win32":
         return Measured("-", f"<= {MIB_A_THREAD}", None, "this system does not tell a process's peak memory")
     turns, threads = [], usable_cores()
@@ -368,7 +366,7 @@ def memory(settings: Settings) -> Measured:
                 require_same(
                     "the sampled output", np.asarray(sample), as_numpy(case.forward().output).ravel()[:: n + 1]
                 )
-            shown = f"{mib_text(growth)}" + (f", {mib_text(declared)} declared" if declared else "")
+            shown = f"{mib_text(growth)}, {mib_text(declared)} declared"
             turns.append(Turn(f"order {order} {direction}", growth / threads / 2**20, MIB_A_THREAD, shown))
     return _measured(turns, f"MiB a thread, {threads} threads", most=True)
 

@@ -44,14 +44,18 @@ __attribute__((noinline)) void tile_through(const Real* left, const Real* column
     }
 }
 
-// to[r][c] += tile[r][c], for the first rows and columns of a tile only: those that are there.
-template <class Real, int Rows, int Vectors>
-void add_corner(const Tile<Real, Rows, Vectors>& tile, std::int64_t rows, std::int64_t columns, std::int64_t pitch,
-                Real* to) {
+// One tile of `sum_over_rows` whose rows or columns are not all there; `count` and `columns` are. A function of its own, so
+// that the other tiles stay in registers.
+template <class Real>
+__attribute__((noinline)) void sum_corner_over_rows(const Real* left, const Real* right, std::int64_t rows,
+                                                    std::int64_t padded, std::int64_t count, std::int64_t columns,
+                                                    std::int64_t width, Real* to) {
     constexpr int lanes = Vector<Real>::width;
-    for (int r = 0; r < Rows && r < rows; ++r)
-        for (int v = 0; v < Vectors && v * lanes < columns; ++v) {
-            Real* at = to + r * pitch + v * lanes;
+    Tile<Real, Shape::rows, Shape::columns> tile{};
+    multiply(tile, left, Sizes<Real>::pitch, 1, right, padded, rows);
+    for (int r = 0; r < Shape::rows && r < count; ++r)
+        for (int v = 0; v < Shape::columns && v * lanes < columns; ++v) {
+            Real* at = to + r * width + v * lanes;
             if ((v + 1) * lanes <= columns) {
                 store(at, load(at) + tile.at[r][v]);
                 continue;
@@ -70,13 +74,13 @@ __attribute__((noinline)) void sum_over_rows(const Real* left, const Real* right
     constexpr int height = Shape::rows, column = Sizes<Real>::column, lanes = Vector<Real>::width;
     for (std::int64_t j = keys.first; j < lesser(keys.last, count); j += height)
         for (std::int64_t c = 0; c < width; c += column) {
-            Tile<Real, height, Shape::columns> tile{};
-            multiply(tile, left + j, Sizes<Real>::pitch, 1, right + c, padded, rows);
             Real* to = sums + j * width + c;
             if (j + height > count || c + column > width) {
-                add_corner(tile, count - j, width - c, width, to);
+                sum_corner_over_rows(left + j, right + c, rows, padded, count - j, width - c, width, to);
                 continue;
             }
+            Tile<Real, height, Shape::columns> tile{};
+            multiply(tile, left + j, Sizes<Real>::pitch, 1, right + c, padded, rows);
 #pragma GCC unroll 8
             for (int r = 0; r < height; ++r)
 #pragma GCC unroll 4
