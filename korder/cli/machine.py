@@ -121,12 +121,15 @@ def bench(
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Measure what Split and Auto predict with, and keep it for this user.")
     ] = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw the roofline of backend native.")
+    ] = None,
     form: FormatOption = Format.text,
 ) -> None:
     """Measure speed and memory against the machine's own limits; no speed without equal outputs."""
     with reported(form):
         if calibrate:
-            calibrate_machine(file, quick or bool(rows) or backend is not None, form)
+            calibrate_machine(file, quick or bool(rows) or backend is not None or plot is not None, form)
         from korder.spec.files import read_run
         from korder.spec.runs import parse_run
 
@@ -143,7 +146,7 @@ def bench(
                 got=f'kind = "{run.kind}"',
                 hint="`korder run FILE` runs it.",
             )
-        run_benchmark(run, form)
+        run_benchmark(run, form, plot)
 
 
 def calibrate_machine(file: Path | None, others: bool, form: Format) -> None:
@@ -166,16 +169,16 @@ def calibrate_machine(file: Path | None, others: bool, form: Format) -> None:
     raise typer.Exit(DONE)
 
 
-def run_benchmark(run: BenchmarkRun, form: Format) -> None:
-    """Run a benchmark, print it, write it where the file says so."""
+def run_benchmark(run: BenchmarkRun, form: Format, plot: Path | None = None) -> None:
+    """Run a benchmark, print it, write it where the file says so, and its roofline where `plot` does."""
     from korder.experiments.benchmark import benchmark_record, write_benchmark
     from korder.experiments.benchmark import run_benchmark as measure
     from korder.experiments.results import check_output
 
     check_output(run.output)
     with TerminalProgress() as progress:
-        report = measure(run, progress)
-    files = write_benchmark(report)
+        report = measure(run, progress, plot)
+    files = write_benchmark(report) + ([] if plot is None else [plot])
     if form is Format.json:
         print_json({**benchmark_record(report), "files": [str(path) for path in files]})
     else:
@@ -196,3 +199,7 @@ def _print_benchmark(report: BenchmarkReport) -> None:
     for row in report.rows:
         table.add_row(row.name, row.measured, row.target, row.verdict, row.detail)
     console().print(table)
+    if report.roofs is not None:
+        from korder.experiments.roofline import roofs_text
+
+        typer.echo(roofs_text(report.roofs))

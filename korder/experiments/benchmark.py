@@ -13,11 +13,12 @@ from korder.dispatch.registry import default_registry
 from korder.errors import BackendUnavailableError, SpecError, UnsupportedProblemError
 from korder.experiments import benchmark_native, benchmark_rows, benchmark_torch
 from korder.experiments.benchmark_cases import Disagreement
-from korder.experiments.benchmark_figures import Measured, Settings
+from korder.experiments.benchmark_figures import Measured, Point, Settings
 from korder.experiments.benchmark_polynomial import LONG_ROWS
 from korder.experiments.machine import busy_warning, describe_machine
 from korder.experiments.progress import Progress
 from korder.experiments.results import publish
+from korder.experiments.roofline import Roofs, check_plot, draw_roofline
 from korder.spec.runs import BenchmarkRun
 
 
@@ -31,15 +32,17 @@ class Row:
     verdict: str
     detail: str
     values: dict[str, float] = field(default_factory=dict)
+    points: tuple[Point, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkReport:
-    """All lines, and what they were measured on."""
+    """All lines, what they were measured on, and its roofs if a plot wants them."""
 
     run: BenchmarkRun
     rows: tuple[Row, ...]
     machine: dict[str, Any]
+    roofs: Roofs | None = None
 
     @property
     def agreed(self) -> bool:
@@ -57,17 +60,19 @@ TABLES: dict[str, Table] = {
 """The rows of the backends that have a table of their own; the others have the generic one."""
 
 
-def run_benchmark(run: BenchmarkRun, progress: Progress | None = None) -> BenchmarkReport:
-    """Measure the rows that a run asks for.
+def run_benchmark(run: BenchmarkRun, progress: Progress | None = None, plot: Path | None = None) -> BenchmarkReport:
+    """Measure the rows that a run asks for, and draw their roofline if `plot` says where.
 
     Raises:
-        SpecError: A row of an unknown name.
+        SpecError: A row of an unknown name, or a plot that nobody can draw.
         UnknownBackendError, BackendUnavailableError: The run names a backend that cannot be measured here.
     """
     progress = progress or Progress()
     backend = run.backend if run.backend != "auto" else os.environ.get("KORDER_BACKEND") or "auto"
     table = _table(backend)
     chosen = _chosen(run.rows, table)
+    if plot is not None:
+        _check_roofline(backend, plot)
     machine = describe_machine()
     machine["warnings"] += busy_warning()  # before the benchmark itself makes a load
     settings = Settings(run.quick, run.repeats, backend)
@@ -75,7 +80,23 @@ def run_benchmark(run: BenchmarkRun, progress: Progress | None = None) -> Benchm
     for name in chosen:
         progress.stage(f"measuring {name}")
         rows.append(_row(name, table[name], settings))
-    return BenchmarkReport(run, tuple(rows), machine)
+    if plot is None:
+        return BenchmarkReport(run, tuple(rows), machine)
+    progress.stage("measuring the roofs")
+    roofs = benchmark_native.roofs(settings)
+    draw_roofline({row.name: row.points for row in rows if row.points}, roofs, plot)
+    return BenchmarkReport(run, tuple(rows), machine, roofs)
+
+
+def _check_roofline(backend: str, plot: Path) -> None:
+    if TABLES.get(backend) is not benchmark_native.ROWS:
+        raise SpecError(
+            "--plot draws the roofline of the C++ kernels.",
+            code="plot-unavailable",
+            expected="korder bench --backend native --plot FILE",
+            got=f"backend {backend!r}",
+        )
+    check_plot(plot)
 
 
 def _table(backend: str) -> Table:
@@ -116,8 +137,9 @@ def _row(name: str, measure: Callable[[Settings], Measured], settings: Settings)
         return Row(name, "-", "-", DISAGREES, f"no speed is given: {finding}")
     except UnsupportedProblemError as error:
         return Row(name, "-", "-", "not run", error.message.splitlines()[0])
-    verdict = "met" if found.met else "missed" if found.met is not None else "not run"
-    return Row(name, found.text, found.target, verdict, found.detail, found.values)
+    unjudged = "not judged" if found.values else "not run"
+    verdict = unjudged if found.met is None else "met" if found.met else "missed"
+    return Row(name, found.text, found.target, verdict, found.detail, found.values, found.points)
 
 
 def benchmark_record(report: BenchmarkReport) -> dict[str, Any]:
@@ -127,6 +149,7 @@ def benchmark_record(report: BenchmarkReport) -> dict[str, Any]:
         "rows": [asdict(row) for row in report.rows],
         "spec": report.run.model_dump(mode="json"),
         "machine": report.machine,
+        **({} if report.roofs is None else {"roofs": asdict(report.roofs)}),
     }
 
 

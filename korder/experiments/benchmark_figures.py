@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from math import log
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from korder.experiments.benchmark_cases import Case
 from korder.experiments.machine import usable_cores
 
+T = TypeVar("T")
 CEILING_SIZE = 2048
 CEILING_FLOPS = 2.0 * CEILING_SIZE**3
 
@@ -34,14 +35,25 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
+class Point:
+    """What a roofline shows of a timing: flop for each byte that has to move, and flop per second."""
+
+    name: str
+    dtype: str
+    intensity: float
+    rate: float
+
+
+@dataclass(frozen=True, slots=True)
 class Measured:
-    """One figure: what it is, what it should be, and whether it is; `met` is None where it could not be measured."""
+    """One figure: what it is, what it should be, and whether it is; `met` is None where that was not judged."""
 
     text: str
     target: str
     met: bool | None
     detail: str
     values: dict[str, float] = field(default_factory=dict)
+    points: tuple[Point, ...] = ()
 
 
 def median_seconds(repeats: int, *works: Callable[[], object]) -> list[float]:
@@ -93,11 +105,11 @@ def run_python(program: str, *arguments: str, environment: dict[str, str] | None
     return subprocess.run(command, check=True, capture_output=True, text=True, env=variables).stdout
 
 
-def on_all_cores(measure: Callable[[Settings], Measured]) -> Callable[[Settings], Measured]:
-    """Return a row that is measured on all usable cores by PyTorch too, where it is installed."""
+def on_all_cores(measure: Callable[[Settings], T]) -> Callable[[Settings], T]:
+    """Return what is measured on all usable cores by PyTorch too, where it is installed."""
 
     @functools.wraps(measure)
-    def measured(settings: Settings) -> Measured:
+    def measured(settings: Settings) -> T:
         if find_spec("torch") is None:
             return measure(settings)
         torch: Any = import_module("torch")

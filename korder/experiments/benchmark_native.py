@@ -11,13 +11,15 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
+from korder.dispatch.prepare import prepare
+from korder.dispatch.registry import default_registry
 from korder.experiments.benchmark_cases import (
     Case,
     as_numpy,
@@ -25,11 +27,13 @@ from korder.experiments.benchmark_cases import (
     require_backward,
     require_forward,
     require_same,
+    with_arrays,
 )
 from korder.experiments.benchmark_figures import (
     CEILING_FLOPS,
     CEILING_SIZE,
     Measured,
+    Point,
     Settings,
     median_seconds,
     mib_text,
@@ -38,13 +42,18 @@ from korder.experiments.benchmark_figures import (
     time_text,
 )
 from korder.experiments.benchmark_memory import RETURNS_MEMORY, with_growth
-from korder.experiments.machine import usable_cores
+from korder.experiments.machine import has_cpu_flag, usable_cores
+from korder.experiments.roofline import Roofs, measured_roofs, point_of
 from korder.spec import AttentionSpec, Causal
 from korder.spi.operands import KernelOutput, OperandGradients
 
 REST = 0.06
 """Seconds after which OpenBLAS's and OpenMP's threads sleep."""
 MIB_A_THREAD = 8
+COPIED, QUICK_COPIED = 256 * 2**20, 2**20
+"""Bytes that are copied to measure memory; the first is far more than caches hold."""
+BFLOAT16_ERROR = 1e-2
+"""Of the largest entry: two units of bfloat16."""
 _ORDERS = {order: AttentionSpec(order=order) for order in (1, 2, 3)}
 Work = Callable[[], object]
 
@@ -57,6 +66,7 @@ class Turn:
     ratio: float
     target: float
     detail: str
+    points: tuple[Point, ...] = ()
 
 
 def _turns(settings: Settings, *works: Work) -> list[float]:
@@ -89,6 +99,16 @@ def _measured(turns: list[Turn], unit: str, *, most: bool = False) -> Measured:
         met,
         "; ".join(f"{turn.name}: {turn.detail}" for turn in turns),
         {f"ratio {turn.name}": turn.ratio for turn in turns},
+        tuple(point for turn in turns for point in turn.points),
+    )
+
+
+@on_all_cores
+def roofs(settings: Settings) -> Roofs:
+    """Return what this machine's best products and copies in memory reach, on all cores."""
+    of_dtype = {dtype: products(dtype) for dtype in ("float32", "float64")}
+    return measured_roofs(
+        lambda *works: _turns(settings, *works), of_dtype, QUICK_COPIED if settings.quick else COPIED, usable_cores()
     )
 
 
@@ -97,7 +117,8 @@ def _against_ceiling(name: str, case: Case, settings: Settings, target: float, *
     work, flops = _work(case, backward)
     ours, *ceilings = _turns(settings, work, *products(dtype))
     ceiling, rate = CEILING_FLOPS / min(ceilings), flops / ours
-    return Turn(name, rate / ceiling, target, f"{time_text(ours)}, {rate / 1e9:.0f} of {ceiling / 1e9:.0f} GF/s")
+    detail = f"{time_text(ours)}, {rate / 1e9:.0f} of {ceiling / 1e9:.0f} GF/s"
+    return Turn(name, rate / ceiling, target, detail, (point_of(name, case, ours, backward=backward),))
 
 
 def _work(case: Case, backward: bool) -> tuple[Work, float]:
@@ -132,20 +153,53 @@ def _of_ceiling(settings: Settings, cases: list[tuple[str, Case, float]]) -> Mea
 
 def order_3(settings: Settings) -> Measured:
     """Exact order 3, as a fraction of the ceiling."""
-    return _like_numpy(settings, _ORDERS[3], 24 if settings.quick else 96, "float32", 0.70)
+    n = 24 if settings.quick else 96
+    case, other = (make_case(_ORDERS[3], n, 64, backend) for backend in (settings.backend, "numpy"))
+    require_same("the output", case.forward().output, other.forward().output)
+    return _measured([_against_ceiling(f"n = {n}", case, settings, 0.70)], "of the ceiling")
 
 
 def float64(settings: Settings) -> Measured:
-    """Exact order 2 in float64, as a fraction of the ceiling in float64."""
-    return _like_numpy(settings, _ORDERS[2], 96 if settings.quick else 480, "float64", 0.65)
+    """Exact order 2 in float64, forward and backward, as fractions of the ceiling in float64."""
+    n = 96 if settings.quick else 480
+    case, other = (make_case(_ORDERS[2], n, 64, backend, dtype="float64") for backend in (settings.backend, "numpy"))
+    saved, its = case.forward(save=True), other.forward(save=True)
+    require_same("the output", saved.output, its.output, 1e-12)
+    require_same("the query's gradient", case.backward(saved).query, other.backward(its).query, 1e-12)
+    turns = [
+        _against_ceiling(name, case, settings, 0.65, backward=name == "backward") for name in ("forward", "backward")
+    ]
+    return _measured(turns, f"of the ceiling, n = {n}")
 
 
-def _like_numpy(settings: Settings, spec: AttentionSpec, n: int, dtype: str, target: float) -> Measured:
-    """A row whose outputs are compared with the NumPy backend's."""
-    case, other = (make_case(spec, n, 64, backend, dtype=dtype) for backend in (settings.backend, "numpy"))
-    allowed = 1e-4 if dtype == "float32" else 1e-12
-    require_same("the output", case.forward().output, other.forward().output, allowed)
-    return _measured([_against_ceiling(f"n = {n}", case, settings, target)], "of the ceiling")
+def bfloat16(settings: Settings) -> Measured:
+    """Forward and backward of bfloat16 against those of the same numbers in float32.
+
+    The target is judged where the processor multiplies bfloat16; elsewhere the row says what widening costs.
+    """
+    missing = _no_torch(">= 1.50, >= 1.50")
+    if missing is not None:
+        return missing
+    torch, n = import_module("torch"), 96 if settings.quick else 480
+    case = make_case(_ORDERS[2], n, 64, settings.backend)
+    half = with_arrays(case.operands, lambda x: torch.from_numpy(np.asarray(x)).bfloat16())
+    cotangent = torch.from_numpy(np.asarray(case.cotangent)).bfloat16()
+    wide = replace(case, operands=with_arrays(half, as_numpy), cotangent=as_numpy(cotangent))
+    problem = replace(case.plan.problem, dtype="bfloat16")
+    narrow = Case(half, prepare(default_registry(), problem, "torch", settings.backend), cotangent)
+    saved, its = narrow.forward(save=True), wide.forward(save=True)
+    require_forward(wide)
+    require_same("the output", saved.output, its.output, BFLOAT16_ERROR)
+    require_same("the query's gradient", narrow.backward(saved).query, wide.backward(its).query, BFLOAT16_ERROR)
+    seconds = _turns(settings, narrow.forward, wide.forward, lambda: narrow.backward(saved), lambda: wide.backward(its))
+    turns = []
+    for name, (ours, of_wide) in zip(("forward", "backward"), (seconds[:2], seconds[2:]), strict=True):
+        points = (point_of(name, narrow, ours, backward=name == "backward"),)
+        turns.append(Turn(name, of_wide / ours, 1.5, f"{time_text(ours)}, float32 {time_text(of_wide)}", points))
+    found = _measured(turns, f"x float32, n = {n}")
+    if has_cpu_flag("avx512_bf16"):
+        return found
+    return replace(found, met=None, detail=f"widened, this processor does not multiply bfloat16; {found.detail}")
 
 
 def backward(settings: Settings) -> Measured:
@@ -166,7 +220,8 @@ def causal(settings: Settings) -> Measured:
         require_forward(case)
     of_full, of_masked = _turns(settings, full.forward, masked.forward)
     detail = f"causal {time_text(of_masked)}, full {time_text(of_full)}"
-    return _measured([Turn(f"n = {n}", of_masked / of_full, 0.40, detail)], "of the full time", most=True)
+    points = point_of("full", full, of_full), point_of("causal", masked, of_masked)
+    return _measured([Turn(f"n = {n}", of_masked / of_full, 0.40, detail, points)], "of the full time", most=True)
 
 
 def _no_torch(target: str) -> Measured | None:
@@ -221,7 +276,8 @@ def _against_peer(name: str, case: Case, peer: Callable[[], Any], settings: Sett
     with import_module("torch").no_grad():
         require_same("torch's output", peer(), case.forward().output)
         ours, theirs = _turns(settings, case.forward, peer)
-    return Turn(name, theirs / ours, target, f"{time_text(ours)} here, {time_text(theirs)} torch")
+    detail = f"{time_text(ours)} here, {time_text(theirs)} torch"
+    return Turn(name, theirs / ours, target, detail, (point_of(name, case, ours),))
 
 
 def sdpa_backward(settings: Settings) -> Measured:
@@ -241,7 +297,8 @@ def sdpa_backward(settings: Settings) -> Measured:
     require_same("torch's gradient of the query", work()[0], case.backward(saved).query)
     ours, theirs = _turns(settings, lambda: case.backward(saved), work)
     detail = f"{time_text(ours)} here, {time_text(theirs)} torch"
-    return _measured([Turn(f"n = {n}", theirs / ours, 2.6, detail)], "x its speed")
+    points = (point_of(f"n = {n}", case, ours, backward=True),)
+    return _measured([Turn(f"n = {n}", theirs / ours, 2.6, detail, points)], "x its speed")
 
 
 def torch_backend(settings: Settings) -> Measured:
@@ -254,10 +311,11 @@ def torch_backend(settings: Settings) -> Measured:
     saved, its = case.forward(save=True), other.forward(save=True)
     require_same("the torch backend's output", its.output, saved.output)
     seconds = _turns(settings, case.forward, other.forward, lambda: case.backward(saved), lambda: other.backward(its))
-    turns = [
-        Turn(name, theirs / ours, 1.0, f"{time_text(ours)} here, {time_text(theirs)} there")
-        for name, (ours, theirs) in zip(("forward", "backward"), (seconds[:2], seconds[2:]), strict=True)
-    ]
+    turns = []
+    for name, (ours, theirs) in zip(("forward", "backward"), (seconds[:2], seconds[2:]), strict=True):
+        detail = f"{time_text(ours)} here, {time_text(theirs)} there"
+        points = (point_of(name, case, ours, backward=name == "backward"),)
+        turns.append(Turn(name, theirs / ours, 1.0, detail, points))
     return _measured(turns, f"x its speed, n = {n}")
 
 
@@ -273,18 +331,16 @@ def print_growth(backend: str, order: str, n: str, direction: str) -> None:
     small, case = (make_case(_ORDERS[int(order)], size, 64, backend) for size in (64 // int(order), int(n)))
     for_small = small.forward(save=True)
     small.backward(for_small)
-    declared = 0
+    kernel: Any = case.prepared.kernel
     work: Callable[[], tuple[Any, ...]]
     if direction == "forward":
-        kernel: Any = case.prepared.kernel
-        declared = kernel.workspace_bytes
         work = lambda: _results(case.forward())  # noqa: E731
     else:
         saved = case.forward(save=True)
         work = lambda: _gradients(case.backward(saved))  # noqa: E731
     arrays, growth = with_growth(work)
     sample = as_numpy(arrays[0]).ravel()[:: int(n) + 1].tolist()
-    print(json.dumps([growth - sum(int(x.nbytes) for x in arrays), declared, sample]))
+    print(json.dumps([growth - sum(int(x.nbytes) for x in arrays), int(kernel.workspace_bytes), sample]))
 
 
 def _results(found: KernelOutput) -> tuple[Any, ...]:
@@ -296,7 +352,7 @@ def _gradients(found: OperandGradients) -> tuple[Any, ...]:
 
 
 def memory(settings: Settings) -> Measured:
-    """Peak memory beyond operands and results, a thread, in a process of its own; forward also as it is declared."""
+    """Peak memory beyond operands and results, a thread, in a process of its own; and what is declared of a call."""
     if sys.platform == "win32":
         return Measured("-", f"<= {MIB_A_THREAD}", None, "this system does not tell a process's peak memory")
     turns, threads = [], usable_cores()
@@ -310,7 +366,7 @@ def memory(settings: Settings) -> Measured:
                 require_same(
                     "the sampled output", np.asarray(sample), as_numpy(case.forward().output).ravel()[:: n + 1]
                 )
-            shown = f"{mib_text(growth)}" + (f", {mib_text(declared)} declared" if declared else "")
+            shown = f"{mib_text(growth)}, {mib_text(declared)} declared"
             turns.append(Turn(f"order {order} {direction}", growth / threads / 2**20, MIB_A_THREAD, shown))
     return _measured(turns, f"MiB a thread, {threads} threads", most=True)
 
@@ -324,6 +380,7 @@ ROWS = {
         "order-1": order_1,
         "order-3": order_3,
         "float64": float64,
+        "bfloat16": bfloat16,
         "backward": backward,
         "sdpa-backward": sdpa_backward,
         "causal": causal,

@@ -75,14 +75,16 @@ void set_operands(Call& call, const View& query, const std::vector<View>& keys, 
 
 void set_gradients(Call& call, const View& output, const MaybeAddress& lse, const MaybeAddress& query,
                    const std::vector<MaybeAddress>& keys, const std::vector<MaybeAddress>& values,
-                   const std::vector<MaybeAddress>& biases) {
+                   const std::vector<MaybeView>& biases) {
     call.output_gradient = matrix_of(output);
     call.lse_gradient = pointer_of(lse);
     call.query_gradient = pointer_of(query);
     for (int t = 0; t < call.order; ++t) {
         call.keys_gradient[t] = pointer_of(keys.at(t));
         call.values_gradient[t] = pointer_of(values.at(t));
-        call.bias_gradient[t] = pointer_of(biases.at(t));
+        const auto [data, batch, head, row, column] = biases.at(t).value_or(View{});
+        call.bias_gradient[t] = reinterpret_cast<void*>(data);
+        call.bias_batch[t] = batch, call.bias_head[t] = head;
     }
 }
 
@@ -92,13 +94,10 @@ void run(const Table& table, const Call& call, bool backward) {
     (backward ? table.backward : table.forward)(call, memory.get());
 }
 
-double largest(const Table& table, const Call& call, const View& rows, std::int64_t heads, std::int64_t length,
-               std::int64_t width, bool closes, const MaybeView& mask) {
+bool find_wild(const Table& table, const Call& call, bool backward, Address marks) {
     nb::gil_scoped_release unlocked;
-    Mode mode = {};
-    mode.mask = matrix_of(mask);
-    const auto row = memory_of(width * 8);
-    return table.largest(call, mode, {matrix_of(rows), heads, length, width, closes}, row.get());
+    const auto memory = memory_of(table.wild_bytes(call, backward));
+    return table.find_wild(call, backward, reinterpret_cast<std::uint8_t*>(marks), memory.get());
 }
 
 }  // namespace
@@ -121,6 +120,7 @@ NB_MODULE(_native, m) {
         .def_rw("width", &Call::width)
         .def_rw("value_width", &Call::value_width)
         .def_rw("scale", &Call::scale)
+        .def_rw("memory", &Call::memory)
         .def_prop_rw("kind", [](const Call& call) { return int(call.kind); },
                      [](Call& call, int kind) { call.kind = korder::Kind(kind); })
         .def_prop_rw("number", [](const Call& call) { return int(call.number); },
@@ -131,7 +131,8 @@ NB_MODULE(_native, m) {
              [](Call& call, Address output, Address lse) {
                  call.output = reinterpret_cast<void*>(output), call.lse = reinterpret_cast<void*>(lse);
              })
-        .def("set_gradients", &set_gradients);
+        .def("set_gradients", &set_gradients)
+        .def("skip", [](Call& call, Address marks) { call.skipped = reinterpret_cast<const std::uint8_t*>(marks); });
 
     nb::class_<Table>(m, "Kernels")
         .def_ro("name", &Table::name)
@@ -140,7 +141,7 @@ NB_MODULE(_native, m) {
         .def("backward_bytes", [](const Table& table, const Call& call) { return table.backward_bytes(call); })
         .def("forward", [](const Table& table, const Call& call) { run(table, call, false); })
         .def("backward", [](const Table& table, const Call& call) { run(table, call, true); })
-        .def("largest", &largest)
+        .def("find_wild", &find_wild)
         .def("exponential", [](const Table& table, bool wide, Address numbers, std::int64_t count) {
             table.exponential(wide, reinterpret_cast<void*>(numbers), count);
         });

@@ -32,23 +32,27 @@ struct Call {
     Number number = Number::float32;
     bool wide = false;  // whether sums are float64
     int threads = 1;
+    std::int64_t memory = INT64_MAX;  // bytes that it may take beyond operands and results, where it can work in them
     std::int64_t batch = 0, heads = 0, groups = 0, queries = 0, width = 0, value_width = 0;
     std::int64_t query_offset = 0;
     double scale = 1.0;
     Matrix query;
     Mode modes[max_order];
+    const std::uint8_t* skipped = nullptr;  // (batch, key head): what is left to somebody else, whose results stay
     // Dense, in the dtype of the sums. Forward writes output and lse, backward reads them.
     void* output = nullptr;
     void* lse = nullptr;
-    // Backward: the gradients that come in, and those that go out; null where nobody wants them.
+    // Backward: the gradients that come in, and those that go out; null where nobody wants them. They are added to.
     Matrix output_gradient;
     const void* lse_gradient = nullptr;
     void* query_gradient = nullptr;
     void* keys_gradient[max_order] = {};
     void* values_gradient[max_order] = {};
     void* bias_gradient[max_order] = {};
+    std::int64_t bias_batch[max_order] = {}, bias_head[max_order] = {};  // strides; 0 if all batches or heads share it
 
-    std::int64_t share() const { return heads / groups; }
+    std::int64_t share() const { return groups ? heads / groups : 0; }
+    bool skips(std::int64_t head) const { return skipped && skipped[head]; }
     const Mode& contracted() const { return modes[order - 1]; }
     int outer() const { return order - 1; }
 };

@@ -22,37 +22,38 @@ struct ForwardPlan {
     std::int64_t chunk, block;  // contracted keys
     std::int64_t tiles;         // of rows, in an item
     std::int64_t items;         // blocks of rows of one query head that are worked on at a time
-    std::int64_t parts;         // of the first outer mode
+    std::int64_t parts;         // of the first outer mode, at order 1 of a chunk
     int threads;
     bool by_head;
 
-    explicit ForwardPlan(const Call& call) {
+    ForwardPlan(const Call& call, const Shares& shares) : threads(shares.threads), by_head(shares.by_head) {
         constexpr std::int64_t panel = Sizes<Real>::panel;
         padded = rounded(call.value_width, Sizes<Real>::column);
         const std::int64_t length = greater(call.contracted().length, 1);
         const std::int64_t row = (call.width + padded) * sizeof(Real);
-        const std::int64_t count = pieces(length, greater(chunk_bytes / row / panel, 1) * panel);
+        const std::int64_t count = pieces(length, greater(shares.chunk / row / panel, 1) * panel);
         chunk = rounded(pieces(length, count), panel);
         const std::int64_t most = lesser(greater(block_bytes / row / panel, 1) * panel, Sizes<Real>::keys);
         block = rounded(pieces(chunk, pieces(chunk, most)), panel);
 
-        threads = threads_for(call, 1.0);
-        const std::int64_t heads = call.batch * call.groups;
-        by_head = threads == 1 || heads >= 4 * threads;
         // tiles of an item share a block of keys while it is in the cache, unless outer keys do that already
         tiles = outer_tuples(call) >= 16 ? 1 : 8;
         const std::int64_t enough = by_head ? 1 : 4 * threads;
         while (tiles > 1 && call.share() * pieces(call.queries, tiles * rows) < enough) tiles /= 2;
         items = pieces(call.queries, tiles * rows);
         if (chunk < call.contracted().length)
-            items = lesser(items, pieces(most_kept_rows / call.share() + 1, tiles * rows));
+            items = lesser(items, pieces(kept_rows(shares) / call.share() + 1, tiles * rows));
         parts = 1;
-        if (!by_head && call.share() * items < threads && call.outer() > 0)
-            parts = greater(1, lesser(call.modes[0].length, pieces(2 * threads, greater(1, call.share() * items))));
+        if (!by_head && call.share() * items < threads) {
+            const std::int64_t most = call.outer() ? call.modes[0].length : chunk / panel;
+            parts = greater(1, lesser(most, pieces(2 * threads, greater(1, call.share() * items))));
+        }
     }
 
     // Rows of a query head that are worked on at a time: whole tiles, because a tile writes all of its rows.
     std::int64_t slab() const { return items * tiles * rows; }
+
+    static std::int64_t kept_rows(const Shares& shares) { return most_kept_rows * shares.chunk / chunk_bytes; }
 
     bool keeps(const Call& call) const { return parts > 1 || chunk < call.contracted().length; }
 };
@@ -118,7 +119,10 @@ class Forward {
 public:
     static constexpr int rows = Shape::rows;
 
-    explicit Forward(const Call& call) : call_(call), plan_(call) {
+    explicit Forward(const Call& call)
+        : Forward(call, shares_that_fit(call, 1.0, [&](const Shares& shares) { return Forward(call, shares).bytes(); })) {}
+
+    Forward(const Call& call, const Shares& shares) : call_(call), plan_(call, shares) {
         Arena head(nullptr), thread(nullptr);
         HeadMemory<Real>(head, call_, plan_);
         ThreadMemory<Real>(thread, call_, plan_);
@@ -142,10 +146,10 @@ public:
             mine.outer.start(call_);
             if (plan_.by_head) {
                 for (std::int64_t at = team.next(); at < heads; at = team.next())
-                    alone(at, of_head, mine);
+                    if (!call_.skips(at)) alone(at, of_head, mine);
             } else {
                 for (std::int64_t at = 0; at < heads; ++at)
-                    attend(at / call_.groups, at % call_.groups, of_head, mine, team);
+                    if (!call_.skips(at)) attend(at / call_.groups, at % call_.groups, of_head, mine, team);
             }
         }
     }
@@ -214,14 +218,21 @@ private:
         if (start == 0) state.start(rounded(item.count, rows), plan_.padded);
         read_tiles(call_, call_.query, call_.width, {b, item.head, item.row, item.count}, call_.scale, mine.scratch,
                    mine.queries);
-        const std::int64_t last = lesser(plan_.chunk, call_.contracted().length - start);
-        for (std::int64_t first = 0; first < last; first += plan_.block)
+        const Span keys = keys_of(item, lesser(plan_.chunk, call_.contracted().length - start));
+        for (std::int64_t first = keys.first; first < keys.last; first += plan_.block)
             for (std::int64_t row = 0; row < item.count; row += rows)
-                attend_tile(b, item, row, Span{start + first, start + lesser(last, first + plan_.block)}, start, head, mine,
-                            state.from(row, plan_.padded));
+                attend_tile(b, item, row, Span{start + first, start + lesser(keys.last, first + plan_.block)}, start, head,
+                            mine, state.from(row, plan_.padded));
         if (plan_.keeps(call_)) return;
         for (std::int64_t r = 0; r < item.count; ++r)
             finish(b, item.head, item.row + r, state.weighted + r * plan_.padded, state.top[r], state.total[r]);
+    }
+
+    // The keys of a chunk that are an item's: all of them, unless order 1 has no outer mode to be parted.
+    Span keys_of(const Item& item, std::int64_t count) const {
+        if (call_.outer() > 0) return Span{0, count};
+        const std::int64_t share = rounded(pieces(count, plan_.parts), Sizes<Real>::panel);
+        return Span{item.part * share, lesser(count, (item.part + 1) * share)};
     }
 
     // One tile of rows against one block of contracted keys and every outer tuple.
@@ -237,7 +248,7 @@ private:
         const Real* panels = head.panels + (block.first - start) * call_.width;
         const Real* columns = head.columns + (block.first - start) * Sizes<Real>::column;
         const std::int64_t share = pieces(call_.outer() ? call_.modes[0].length : 1, plan_.parts);
-        walk.run(Span{item.part * share, (item.part + 1) * share}, [&] {
+        walk.run(Span{item.part * share, (item.part + 1) * share}, [&] {  // at order 1 the one empty tuple
             Span spans[rows];
             const Span whole = walk.spans(block, spans);
             if (whole.first >= whole.last) return;

@@ -44,20 +44,48 @@ __attribute__((noinline)) void tile_through(const Real* left, const Real* column
     }
 }
 
-// sums[j] += sum over rows of left[row][j] right[row], for the keys j of a span of panels.
+// One tile of `sum_over_rows` whose rows or columns are not all there; `count` and `columns` are. A function of its own, so
+// that the other tiles stay in registers.
+template <class Real>
+__attribute__((noinline)) void sum_corner_over_rows(const Real* left, const Real* right, std::int64_t rows,
+                                                    std::int64_t padded, std::int64_t count, std::int64_t columns,
+                                                    std::int64_t width, Real* to) {
+    constexpr int lanes = Vector<Real>::width;
+    Tile<Real, Shape::rows, Shape::columns> tile{};
+    multiply(tile, left, Sizes<Real>::pitch, 1, right, padded, rows);
+    for (int r = 0; r < Shape::rows && r < count; ++r)
+        for (int v = 0; v < Shape::columns && v * lanes < columns; ++v) {
+            Real* at = to + r * width + v * lanes;
+            if ((v + 1) * lanes <= columns) {
+                store(at, load(at) + tile.at[r][v]);
+                continue;
+            }
+            Real line[lanes];
+            store(line, tile.at[r][v]);
+            for (int c = 0; c < columns - v * lanes; ++c) at[c] += line[c];
+        }
+}
+
+// sums[j] += sum over rows of left[row][j] right[row], for the keys j of a span of panels that are below `count`. The
+// sums are dense, [count][width], and may be somebody's result: nothing beyond them is touched.
 template <class Real>
 __attribute__((noinline)) void sum_over_rows(const Real* left, const Real* right, std::int64_t rows, Span keys,
-                                             std::int64_t width, Real* sums) {
-    constexpr int count = Shape::rows, column = Sizes<Real>::column, lanes = Vector<Real>::width;
-    for (std::int64_t j = keys.first; j < keys.last; j += count)
+                                             std::int64_t padded, std::int64_t count, std::int64_t width, Real* sums) {
+    constexpr int height = Shape::rows, column = Sizes<Real>::column, lanes = Vector<Real>::width;
+    for (std::int64_t j = keys.first; j < lesser(keys.last, count); j += height)
         for (std::int64_t c = 0; c < width; c += column) {
-            Tile<Real, count, Shape::columns> tile{};
-            multiply(tile, left + j, Sizes<Real>::pitch, 1, right + c, width, rows);
+            Real* to = sums + j * width + c;
+            if (j + height > count || c + column > width) {
+                sum_corner_over_rows(left + j, right + c, rows, padded, count - j, width - c, width, to);
+                continue;
+            }
+            Tile<Real, height, Shape::columns> tile{};
+            multiply(tile, left + j, Sizes<Real>::pitch, 1, right + c, padded, rows);
 #pragma GCC unroll 8
-            for (int r = 0; r < count; ++r)
+            for (int r = 0; r < height; ++r)
 #pragma GCC unroll 4
                 for (int v = 0; v < Shape::columns; ++v) {
-                    Real* at = sums + (j + r) * width + c + v * lanes;
+                    Real* at = to + r * width + v * lanes;
                     store(at, load(at) + tile.at[r][v]);
                 }
         }

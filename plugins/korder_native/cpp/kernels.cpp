@@ -1,8 +1,8 @@
 // The kernels of one instruction set; compiled once for each, with KORDER_ISA and the compiler's flags set to it.
 #include "backward.hpp"
 #include "forward.hpp"
-#include "largest.hpp"
 #include "table.hpp"
+#include "wild.hpp"
 
 namespace korder::KORDER_ISA {
 namespace {
@@ -29,12 +29,13 @@ void backward(const Call& call, char* memory) {
         Backward<float>(call).run(memory);
 }
 
-double largest(const Call& call, const Mode& mode, const Operand& x, void* row) {
-    if (call.number == Number::float64)
-        return largest_in_rows<double, std::uint64_t>(call, mode, x.rows, x.heads, x.length, x.width, x.closes,
-                                                      static_cast<double*>(row));
-    return largest_in_rows<float, std::uint32_t>(call, mode, x.rows, x.heads, x.length, x.width, x.closes,
-                                                 static_cast<float*>(row));
+std::int64_t wild_bytes(const Call& call, bool backward) {
+    return call.wide ? Wild<double, std::int64_t>(call, backward).bytes() : Wild<float, std::int32_t>(call, backward).bytes();
+}
+
+bool find_wild(const Call& call, bool backward, std::uint8_t* marks, char* memory) {
+    return call.wide ? Wild<double, std::int64_t>(call, backward).find(marks, memory)
+                     : Wild<float, std::int32_t>(call, backward).find(marks, memory);
 }
 
 template <class Real>
@@ -63,6 +64,6 @@ void exponential_of(bool wide, void* numbers, std::int64_t count) {
 
 extern const Table table;
 const Table table = {KORDER_TEXT(KORDER_ISA), KORDER_VECTOR_BYTES, forward_bytes, forward, backward_bytes,
-                     backward, largest, exponential_of};
+                     backward, wild_bytes, find_wild, exponential_of};
 
 }  // namespace korder::KORDER_ISA

@@ -54,7 +54,7 @@ struct RowBlock {
     Real *of_queries;                        // their gradient so far
     Real *reference, *delta, *row_sums;      // [row]
     Real *key_sums, *value_sums;             // of a tuple
-    Real *extra, *extra_sums;                // [row][pitch]
+    Real* extra;                             // [row][pitch]
 
     RowBlock(Arena& arena, const Call& call, std::int64_t rows)
         : count(rows),
@@ -75,7 +75,6 @@ struct RowBlock {
         key_sums = arena.take<Real>(width), value_sums = arena.take<Real>(value_width);
         const Mode& mode = call.contracted();
         extra = mode.mask.data || mode.bias.data ? arena.take<Real>(count * pitch) : nullptr;
-        extra_sums = call.bias_gradient[call.outer()] && mode.by_row ? arena.take<Real>(count * pitch) : nullptr;
     }
 
     void start(const Call& call, const RowsAt& at, Real* scratch) const {
@@ -99,28 +98,13 @@ struct RowBlock {
     }
 
     bool start_block(const Call& call, const RowsAt& at, Span block) const {
-        if (extra_sums) clear(extra_sums, count * pitch);
         return extra && make_extra(call, at, count, block, extra);
     }
 
-    void finish_block(const Call& call, const RowsAt& at, Span block) const {
-        if (!extra_sums) return;
-        const std::int64_t length = call.contracted().length;
-        Real* to = static_cast<Real*>(call.bias_gradient[call.outer()]) +
-                   ((at.b * call.heads + at.h) * call.queries + at.row) * length + block.first;
+    void finish(const Call& call, const RowsAt& at, Real* to) const {
         for (std::int64_t r = 0; r < at.count; ++r)
-            for (std::int64_t j = 0; j < block.last - block.first; ++j) to[r * length + j] = extra_sums[r * pitch + j];
-    }
-
-    void finish(const Call& call, const RowsAt& at, bool first) const {
-        if (!call.query_gradient) return;
-        Real* to = static_cast<Real*>(call.query_gradient) +
-                   ((at.b * call.heads + at.h) * call.queries + at.row) * call.width;
-        for (std::int64_t r = 0; r < at.count; ++r)
-            for (std::int64_t c = 0; c < call.width; ++c) {
-                const Real part = Real(call.scale * double(of_queries[r * width + c]));
-                to[r * call.width + c] = first ? part : to[r * call.width + c] + part;
-            }
+            for (std::int64_t c = 0; c < call.width; ++c)
+                to[r * call.width + c] += Real(call.scale * double(of_queries[r * width + c]));
     }
 
     // Folds a tuple of outer keys and values into the rows; at order 1 there are none.
@@ -137,12 +121,6 @@ struct RowBlock {
     }
 
     void start_tuple() const { clear(key_sums, width), clear(value_sums, value_width); }
-
-    void add_extra(Span keys) const {
-        if (!extra_sums) return;
-        for (std::int64_t r = 0; r < count; ++r)
-            for (std::int64_t j = keys.first; j < keys.last; ++j) extra_sums[r * pitch + j] += gradients[r * pitch + j];
-    }
 
 private:
     static void fold_rows(const Real* rows, const Real* factor, std::int64_t count, std::int64_t width, Real* to) {

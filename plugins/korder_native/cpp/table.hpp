@@ -5,13 +5,6 @@
 
 namespace korder {
 
-// One operand of a call, for a look at the size of its numbers.
-struct Operand {
-    Matrix rows;
-    std::int64_t heads, length, width;
-    bool closes;  // whether -inf only closes, as in a bias
-};
-
 struct Table {
     const char* name;
     int vector_bytes;
@@ -19,7 +12,8 @@ struct Table {
     void (*forward)(const Call&, char* memory);
     std::int64_t (*backward_bytes)(const Call&);
     void (*backward)(const Call&, char* memory);
-    double (*largest)(const Call&, const Mode&, const Operand&, void* row);
+    std::int64_t (*wild_bytes)(const Call&, bool backward);
+    bool (*find_wild)(const Call&, bool backward, std::uint8_t* marks, char* memory);
     void (*exponential)(bool wide, void* numbers, std::int64_t count);
 };
 

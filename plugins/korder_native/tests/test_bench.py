@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,31 @@ def verdicts(*rows: str) -> dict[str, str]:
 def test_rows_run() -> None:
     found = verdicts(*ROWS)
     assert set(found) == set(ROWS)
+    assert found.pop("bfloat16") in ("met", "missed", "not judged")
     assert set(found.values()) <= {"met", "missed"}, found
+
+
+def test_the_roofline_shows_every_row_that_has_a_speed(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    names = ("order-1", "order-3", "bfloat16", "sdpa-backward")
+    run = BenchmarkRun(schema_version=1, kind="benchmark", rows=names, quick=True, repeats=1, backend="native")
+    path = tmp_path / "roofs.svg"
+    report = run_benchmark(run, plot=path)
+    assert report.roofs is not None
+    assert set(report.roofs.products) == {"float32", "float64"}
+    assert report.roofs.bandwidth > 0
+    drawn = path.read_text(encoding="utf-8")
+    for row in report.rows:
+        assert row.points
+        assert all(point.rate > 0 for point in row.points)
+        assert f"<!-- {row.name}, {row.points[0].dtype} -->" in drawn
+
+
+def test_bfloat16_is_judged_only_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark_native, "has_cpu_flag", lambda flag: False)
+    assert verdicts("bfloat16") == {"bfloat16": "not judged"}
+    monkeypatch.setattr(benchmark_native, "has_cpu_flag", lambda flag: flag == "avx512_bf16")
+    assert verdicts("bfloat16")["bfloat16"] in ("met", "missed")
 
 
 def test_a_wrong_output_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reference import every_gradient, random_case, upstream
+from reference import assert_backward, every_gradient, random_case, upstream
 
 import korder
 from korder.spi import NEEDS, OutputGradients
@@ -125,3 +125,29 @@ print(os.waitstatus_to_exitcode(os.wait()[1]))
     command = [sys.executable, "-W", "ignore", "-c", program]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert run.stdout.strip() == "0", run.stderr
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (4, 2)])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "lengths"),
+    [(1, (24007,)), (12, (1501,)), (50, (701,)), (1, (61, 401)), (12, (11, 151)), (50, (7, 101)), (5, (5, 13, 37))],
+)
+def test_rows_are_shared_out_to_threads_and_come_out_right(
+    rows: int, lengths: tuple[int, ...], masked: bool, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few rows are parted by keys, so that threads add to the same queries and biases; many are not."""
+    kinds = (("full", "key", "shared") if heads == (1, 1) else ("shared", "full", "key"))[-len(lengths) :]
+    mask = korder.Causal() if masked else None
+    options = {"width": 61, "value_width": 64, "batch": 1, "heads": heads, "key_masks": True, "biases": kinds}
+    wide = random_case(rows, lengths, mask=mask, query_offset=lengths[-1] - rows if masked else 0, **options)
+    case = wide.cast("float64")
+    by_threads = []
+    for number in (1, 3):
+        monkeypatch.setattr(exact, "thread_count", lambda number=number: number)
+        by_threads.append(results(case))
+    assert all(np.array_equal(x, y) for x, y in zip(by_threads[1], results(case), strict=True))
+    for got, wanted in zip(*by_threads, strict=True):
+        assert np.allclose(got, wanted, rtol=0, atol=1e-12 * max(1.0, np.max(np.abs(wanted))))
+    if rows < 50:
+        assert_backward(case, case.kernel(), 16.0)

@@ -18,6 +18,7 @@ class Call:
     width: int
     value_width: int
     scale: float
+    memory: int
 
     def __init__(self) -> None: ...
     def set_mode(self, place: int, length: int, window: int, by_row: bool, /) -> None:
@@ -46,10 +47,13 @@ class Call:
         query: int | None,
         keys: list[int | None],
         values: list[int | None],
-        biases: list[int | None],
+        biases: list[View | None],
         /,
     ) -> None:
-        """Say where the gradients lie that come in, and those that go out."""
+        """Say where the gradients lie that come in, and those that go out, dense, which are added to."""
+
+    def skip(self, marks: int, /) -> None:
+        """Say where the marks of the heads lie, (batch, key head), that are left alone."""
 
 class Kernels:
     """The kernels of one instruction set."""
@@ -69,10 +73,8 @@ class Kernels:
     def backward_bytes(self, call: Call, /) -> int:
         """Return the memory that a backward takes beyond operands and results."""
 
-    def largest(
-        self, call: Call, rows: View, heads: int, length: int, width: int, closes: bool, mask: View | None, /
-    ) -> float:
-        """Return the largest magnitude among rows that a mask leaves, NaN if there is one."""
+    def find_wild(self, call: Call, backward: bool, marks: int, /) -> bool:
+        """Mark the heads, (batch, key head), whose operands are NaN or could overflow; return whether there are any."""
 
     def exponential(self, wide: bool, numbers: int, count: int, /) -> None:
         """Replace numbers up to 0 by their exponentials."""
