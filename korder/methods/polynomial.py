@@ -13,6 +13,7 @@ import numpy as np
 from array_api_compat import device
 
 from korder.errors import AccuracyError
+from korder.methods.block_passes import BlockPasses, FeatureBlock
 from korder.methods.factors import Factor, Plane, plane_count, planes
 from korder.methods.features import (
     FeatureTable,
@@ -24,9 +25,9 @@ from korder.methods.features import (
     table_of,
 )
 from korder.methods.readings import (
+    FinishedRows,
     Kept,
     Progress,
-    Reading,
     ReadTable,
     RowCollector,
     finish_rows,
@@ -46,7 +47,7 @@ from korder.spi.progress import PROGRESS
 Array = Any
 
 
-class PolynomialKernel(RunningArrays):
+class PolynomialKernel(BlockPasses, RunningArrays):
     """A compiled polynomial plan.
 
     Cost:      2 (k + 1) n r (e + 1) flop, linear in tokens; workspace k r (e + 1) plus one block of features.
@@ -100,9 +101,9 @@ class PolynomialKernel(RunningArrays):
         for index, plane in enumerate(planes(xp, problem, operands, known.get("maxima"))):
             scales = self.column_scales(plane) if "scales" not in known else known["scales"][index, ...]
             states: list[Array] = []
-            for head, start, stop, reading in self.readings(operands, plane, scales, states, progress):
-                at = (plane.batch, head, slice(start, stop))
-                finished = finish_rows(xp, self.polynomial.values, reading, centre[at], live[at])
+            for head, start, finished in self.finished_blocks(
+                operands, plane, scales, (centre, live), states, progress
+            ):
                 for store, part in zip(stores, (xp.astype(finished[0], dtype), *finished[1:]), strict=True):
                     store.put(plane.batch, head, start, part)
             kept.close(xp, plane, scales, states)
@@ -142,22 +143,35 @@ class PolynomialKernel(RunningArrays):
         output, lse, moments = (self.collector(place, trailing, dtype).result() for trailing, dtype in shapes)
         return KernelOutput(output, lse, lse, moments, lse, {})
 
-    def readings(
-        self, operands: Operands, plane: Plane, scales: Array, states: list[Array], progress: Progress
-    ) -> Iterator[tuple[int, int, int, Reading]]:
-        """Yield (head, start, stop, reading) for the rows of a plane; puts its modes' key states into `states`."""
+    def finished_blocks(
+        self,
+        operands: Operands,
+        plane: Plane,
+        scales: Array,
+        rows: tuple[Array, Array],
+        states: list[Array],
+        progress: Progress,
+    ) -> Iterator[tuple[int, int, FinishedRows]]:
+        """Yield (head, first row, what `finish_rows` returns) for blocks of rows, given (centre, live) of all rows.
+
+        Puts the modes' key states into `states`.
+        """
+        centre, live = rows
         if self.problem.spec.mask.kind != "full":
             from korder.methods.running import running_readings
 
-            yield from running_readings(self, operands, plane, scales, states, progress)
+            for head, start, stop, reading in running_readings(self, operands, plane, scales, states, progress):
+                at = (plane.batch, head, slice(start, stop))
+                yield head, start, finish_rows(self.xp, self.polynomial.values, reading, centre[at], live[at])
             return
         found = [self.key_state(plane, t, scales, progress) for t in range(self.problem.order)]
         states += [state for state, _ in found]
         table = self.read_table(found, scales)
         for head, query in zip(plane.heads, plane.queries, strict=True):
             for start, stop in self.blocks(query.length):
-                columns = self.scaled(query, scales[0, ...], start, stop)
-                yield head, start, stop, self.read(columns, self.features(columns), table)
+                at = (plane.batch, head, slice(start, stop))
+                block = FeatureBlock(self, self.scaled(query, scales[0, ...], start, stop))
+                yield head, start, self.finish_block(block, table, centre[at], live[at])
                 progress.advance(stop - start)
 
     def key_state(self, plane: Plane, mode: int, scales: Array, progress: Progress) -> tuple[Array, Array]:
@@ -168,11 +182,8 @@ class PolynomialKernel(RunningArrays):
         state = xp.zeros(shape, dtype=xp.float64, device=device(key.rows))
         absolute = xp.zeros((shape[0], 1), dtype=xp.float64, device=device(key.rows))
         for start, stop in self.blocks(key.length):
-            columns = self.scaled(key, scales[mode + 1, ...], start, stop)
-            features = self.features(columns)
-            weighted = plane.values_and_weights(xp, mode, start, stop)
-            state = self.product(features, weighted, state)
-            absolute = self.absolute_sums(columns, features, weighted[:, -1:], absolute)
+            block = FeatureBlock(self, self.scaled(key, scales[mode + 1, ...], start, stop))
+            state, absolute = self.add_keys(block, plane.values_and_weights(xp, mode, start, stop), (state, absolute))
             progress.advance(stop - start)
         return state, absolute
 
@@ -212,16 +223,6 @@ class PolynomialKernel(RunningArrays):
         counts = xp.asarray(multinomials(self.table).copy(), dtype=xp.float64, device=device(scales))
         product = prod_arrays([scales[t, ...] for t in range(self.problem.order + 1)]) * abs(self.problem.scale)
         return counts[:, None] * polynomial_features(xp, self.table, product[:, None])
-
-    def read(self, columns: Array, features: Array, table: ReadTable) -> Reading:
-        """Return the means of the score's powers at a block of rows."""
-        xp = self.xp
-        sums = []
-        for s in range(self.polynomial.degree + 1):
-            rows = xp.permute_dims(features[self.table.rows(s), :], (1, 0))
-            sums.append(self.product(rows, table.values[s]) * table.factors[s])
-        absolute = self.absolute_read(columns, features, table.absolute)
-        return Reading(sums, [x * factor for x, factor in zip(absolute, table.absolute_factors, strict=True)])
 
     @np.errstate(all="ignore")
     def backward(

@@ -11,6 +11,8 @@ from korder.methods.factors import Plane, assemble
 from korder.problem import Problem
 
 Array = Any
+FinishedRows = tuple[Array, Array, Array, Array]
+"""Output (c, e), mean polynomial (c,), moments (c, degree + 1) and magnitude (c,) of a block of rows, float64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +123,8 @@ def centred_powers(powers_of_x: list[Array], shift: Array) -> list[Array]:
     return [sum_arrays([comb(m, s) * powers[m - s] * powers_of_x[s] for s in range(m + 1)]) for m in range(len(powers))]
 
 
-def finish_rows(
-    xp: Any, values: tuple[float, ...], reading: Reading, centre: Array, live: Array
-) -> tuple[Array, Array, Array, Array]:
-    """Return output (c, e), mean polynomial (c,), moments (c, degree + 1) and magnitude (c,) of a block of rows.
+def finish_rows(xp: Any, values: tuple[float, ...], reading: Reading, centre: Array, live: Array) -> FinishedRows:
+    """Return what a block of rows comes to.
 
     Args:
         xp: Array API namespace.
@@ -138,12 +138,22 @@ def finish_rows(
     mean = total[:, -1]
     safe = xp.where(live, mean, xp.ones_like(mean))
     output = xp.where(live[:, None], total[:, :-1] / safe[:, None], xp.zeros_like(total[:, :-1]))
-    moments = centred_powers([x[:, -1] for x in reading.sums], -centre)
-    absolute = centred_powers(reading.absolute, xp.abs(centre))
-    magnitude = sum_arrays([abs(c) * x for c, x in zip(values, absolute, strict=True)]) / safe
+    powers = [x[:, -1] for x in reading.sums]
+    return output, *finish_powers(xp, values, (mean, powers, reading.absolute), centre, live)
+
+
+def finish_powers(
+    xp: Any, values: tuple[float, ...], found: tuple[Array, list[Array], list[Array]], centre: Array, live: Array
+) -> tuple[Array, Array, Array]:
+    """Return mean polynomial, moments and magnitude, given the mean and the means of the powers and absolute terms."""
+    mean, powers, sizes = found
+    moments = centred_powers(powers, -centre)
+    absolute = centred_powers(sizes, xp.abs(centre))
     zero = xp.zeros_like(mean)
+    magnitude = sum_arrays([abs(c) * x for c, x in zip(values, absolute, strict=True)])
+    magnitude = magnitude / xp.where(live, mean, xp.ones_like(mean))
     stacked = xp.stack([xp.where(live, x, zero) for x in moments], axis=1)
-    return output, xp.where(live, mean, zero), stacked, xp.where(live, magnitude, zero)
+    return xp.where(live, mean, zero), stacked, xp.where(live, magnitude, zero)
 
 
 def _powers(x: Array, degree: int) -> list[Array]:
