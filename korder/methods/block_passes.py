@@ -5,7 +5,14 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from korder.methods.readings import FinishedRows, Reading, ReadTable, finish_rows
+from korder.methods.readings import (
+    FinishedRows,
+    Reading,
+    ReadTable,
+    centred_coefficients,
+    finish_powers,
+    finish_rows,
+)
 
 if TYPE_CHECKING:
     from korder.methods.features import FeatureTable
@@ -54,6 +61,16 @@ class BlockPasses:
     def finish_block(self, block: FeatureBlock, table: ReadTable, centre: Array, live: Array) -> FinishedRows:
         """Return what a block of rows comes to."""
         return finish_rows(self.xp, self.polynomial.values, self.read(block, table), centre, live)
+
+    def shares(self, centre: Array) -> list[Array]:
+        """Return what each power of the score is multiplied with in rows of these centres (c,), one (c,) per degree."""
+        return centred_coefficients(self.polynomial.values, -centre)
+
+    def finish_powers(
+        self, found: tuple[Array, list[Array], list[Array]], centre: Array, live: Array
+    ) -> tuple[Array, Array, Array]:
+        """Return what `finish_rows` does but for the output, given means (c,) of polynomial, powers, absolute terms."""
+        return finish_powers(self.xp, self.polynomial.values, found, centre, live)
 
     def read(self, block: FeatureBlock, table: ReadTable) -> Reading:
         """Return the means of the score's powers at a block of rows."""

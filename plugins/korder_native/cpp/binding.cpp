@@ -22,9 +22,13 @@ namespace nb = nanobind;
 namespace {
 
 using korder::Call;
+using korder::Degree;
+using korder::FeatureCall;
 using korder::Matrix;
 using korder::Mode;
+using korder::Monomials;
 using korder::Table;
+using korder::Work;
 using Address = std::uintptr_t;
 using View = std::tuple<Address, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
 using MaybeView = std::optional<View>;
@@ -101,6 +105,59 @@ double largest(const Table& table, const Call& call, const View& rows, std::int6
     return table.largest(call, mode, {matrix_of(rows), heads, length, width, closes}, row.get());
 }
 
+// Monomials and the arrays that they point at.
+class OwnedMonomials {
+public:
+    explicit OwnedMonomials(std::int64_t width) { table_.width = width, table_.degree = -1; }
+    OwnedMonomials(const OwnedMonomials&) = delete;
+    OwnedMonomials& operator=(const OwnedMonomials&) = delete;
+
+    // Adds the monomials of the next degree, `count` of them; the arrays are copied. See `Degree`.
+    void add(std::int64_t count, Address paths, Address levels, Address rows) {
+        const std::int64_t degree = ++table_.degree;
+        const auto copied = [](Address from, std::int64_t size) {
+            const auto* first = reinterpret_cast<const std::int32_t*>(from);
+            return std::vector<std::int32_t>(first, first + size);
+        };
+        arrays_.push_back({copied(paths, count * degree), copied(levels, count), copied(rows, count)});
+        table_.count += count;
+        offsets_.push_back(table_.count);
+        const Arrays& now = arrays_.back();
+        degrees_.push_back({count, now[0].data(), now[1].data(), now[2].data()});
+        table_.degrees = degrees_.data(), table_.offsets = offsets_.data();
+    }
+
+    const Monomials* get() const { return &table_; }
+
+private:
+    using Arrays = std::array<std::vector<std::int32_t>, 3>;
+    Monomials table_;
+    std::vector<Arrays> arrays_;
+    std::vector<Degree> degrees_;
+    std::vector<std::int64_t> offsets_ = {0};
+};
+
+template <class Number = void>
+Number* at(const MaybeAddress& address) {
+    return static_cast<Number*>(pointer_of(address));
+}
+
+FeatureCall feature_call(const OwnedMonomials& monomials, bool wide, int threads, std::int64_t tokens,
+                         std::int64_t channels) {
+    FeatureCall call;
+    call.monomials = monomials.get();
+    call.wide = wide, call.tokens = tokens, call.channels = channels;
+    const double work = double(tokens) * double(channels) * double(call.monomials->count) / korder::work_of_a_thread;
+    call.threads = work >= threads ? threads : work > 1 ? int(work) : 1;
+    return call;
+}
+
+void run_features(const Table& table, const FeatureCall& call, Work work) {
+    nb::gil_scoped_release unlocked;
+    const auto memory = memory_of(table.features(call, work, nullptr));
+    table.features(call, work, memory.get());
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -141,9 +198,44 @@ NB_MODULE(_native, m) {
         .def("forward", [](const Table& table, const Call& call) { run(table, call, false); })
         .def("backward", [](const Table& table, const Call& call) { run(table, call, true); })
         .def("largest", &largest)
+        .def("feature_sums",
+             [](const Table& table, FeatureCall call, Address columns, Address values, MaybeAddress shares, Address sums,
+                MaybeAddress absolute) {
+                 call.columns = at(columns), call.values = at(values), call.shares = at<double>(shares);
+                 call.sums = at<double>(sums), call.absolute = at<double>(absolute);
+                 run_features(table, call, Work::sums);
+             })
+        .def("read_features",
+             [](const Table& table, FeatureCall call, Address columns, Address entries, MaybeAddress sizes,
+                MaybeAddress shares, MaybeAddress live, Address sums, MaybeAddress powers, MaybeAddress absolute) {
+                 call.columns = at(columns), call.table = at(entries), call.sizes = at(sizes);
+                 call.shares = at<double>(shares), call.live = at<std::uint8_t>(live), call.sums = at<double>(sums);
+                 call.powers = at<double>(powers), call.absolute = at<double>(absolute);
+                 run_features(table, call, Work::reading);
+             })
+        .def("feature_gradient",
+             [](const Table& table, FeatureCall call, Address columns, Address values, MaybeAddress shares,
+                Address entries, Address gradient) {
+                 call.columns = at(columns), call.values = at(values), call.shares = at<double>(shares);
+                 call.table = at(entries), call.gradient = at(gradient);
+                 run_features(table, call, Work::gradient);
+             })
+        .def("feature_bytes", [](const Table& table, const FeatureCall& call, int work) {
+            return table.features(call, Work(work), nullptr);
+        })
         .def("exponential", [](const Table& table, bool wide, Address numbers, std::int64_t count) {
             table.exponential(wide, reinterpret_cast<void*>(numbers), count);
         });
+
+    nb::class_<OwnedMonomials>(m, "Monomials")
+        .def(nb::init<std::int64_t>())
+        .def("add", &OwnedMonomials::add);
+    nb::class_<FeatureCall>(m, "FeatureCall")
+        .def("__init__",
+             [](FeatureCall* call, const OwnedMonomials& monomials, bool wide, int threads, std::int64_t tokens,
+                std::int64_t channels) {
+                 new (call) FeatureCall(feature_call(monomials, wide, threads, tokens, channels));
+             }, nb::keep_alive<1, 2>());
 
     m.def("kernels", &table_of, nb::rv_policy::reference);
     m.def("known_names", [] {

@@ -1,5 +1,8 @@
 // The kernels of one instruction set; compiled once for each, with KORDER_ISA and the compiler's flags set to it.
 #include "backward.hpp"
+#include "feature_gradient.hpp"
+#include "feature_reading.hpp"
+#include "feature_sums.hpp"
 #include "forward.hpp"
 #include "largest.hpp"
 #include "table.hpp"
@@ -27,6 +30,24 @@ void backward(const Call& call, char* memory) {
         Backward<double>(call).run(memory);
     else
         Backward<float>(call).run(memory);
+}
+
+template <class Real>
+std::int64_t features_in(const FeatureCall& call, Work work, char* memory) {
+    const auto run = [memory](const auto& kernel) {
+        if (memory) kernel.run(memory);
+        return kernel.bytes();
+    };
+    switch (work) {
+        case Work::sums: return run(FeatureSums<Real>(call));
+        case Work::reading: return run(FeatureReading<Real>(call));
+        case Work::gradient: return run(FeatureGradient<Real>(call));
+    }
+    return 0;
+}
+
+std::int64_t features(const FeatureCall& call, Work work, char* memory) {
+    return call.wide ? features_in<double>(call, work, memory) : features_in<float>(call, work, memory);
 }
 
 double largest(const Call& call, const Mode& mode, const Operand& x, void* row) {
@@ -63,6 +84,6 @@ void exponential_of(bool wide, void* numbers, std::int64_t count) {
 
 extern const Table table;
 const Table table = {KORDER_TEXT(KORDER_ISA), KORDER_VECTOR_BYTES, forward_bytes, forward, backward_bytes,
-                     backward, largest, exponential_of};
+                     backward, features, largest, exponential_of};
 
 }  // namespace korder::KORDER_ISA

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "call.hpp"
+#include "monomials.hpp"
 
 namespace korder {
 
@@ -19,6 +20,8 @@ struct Table {
     void (*forward)(const Call&, char* memory);
     std::int64_t (*backward_bytes)(const Call&);
     void (*backward)(const Call&, char* memory);
+    // Without memory only says how much it would take.
+    std::int64_t (*features)(const FeatureCall&, Work, char* memory);
     double (*largest)(const Call&, const Mode&, const Operand&, void* row);
     void (*exponential)(bool wide, void* numbers, std::int64_t count);
 };

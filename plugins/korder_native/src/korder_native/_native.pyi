@@ -51,6 +51,18 @@ class Call:
     ) -> None:
         """Say where the gradients lie that come in, and those that go out."""
 
+class Monomials:
+    """The monomials of the polynomial method, in the order in which the kernels walk them; see `cpp/monomials.hpp`."""
+
+    def __init__(self, width: int, /) -> None: ...
+    def add(self, count: int, paths: int, levels: int, rows: int, /) -> None:
+        """Add those of the next degree; the arrays of int32 at the addresses are copied."""
+
+class FeatureCall:
+    """The sizes of a pass over the features of tokens; the threads are cut to what the work is worth."""
+
+    def __init__(self, monomials: Monomials, wide: bool, threads: int, tokens: int, channels: int, /) -> None: ...
+
 class Kernels:
     """The kernels of one instruction set."""
 
@@ -73,6 +85,48 @@ class Kernels:
         self, call: Call, rows: View, heads: int, length: int, width: int, closes: bool, mask: View | None, /
     ) -> float:
         """Return the largest magnitude among rows that a mask leaves, NaN if there is one."""
+
+    def feature_sums(
+        self,
+        call: FeatureCall,
+        columns: int | None,
+        values: int | None,
+        shares: int | None,
+        sums: int | None,
+        absolute: int | None,
+        /,
+    ) -> None:
+        """Add the sums over tokens of features times values, and of absolute features times the last value."""
+
+    def read_features(
+        self,
+        call: FeatureCall,
+        columns: int | None,
+        entries: int | None,
+        sizes: int | None,
+        shares: int | None,
+        live: int | None,
+        sums: int | None,
+        powers: int | None,
+        absolute: int | None,
+        /,
+    ) -> None:
+        """Write features times a table; with powers over the last channel, and each degree's share of that."""
+
+    def feature_gradient(
+        self,
+        call: FeatureCall,
+        columns: int | None,
+        values: int | None,
+        shares: int | None,
+        entries: int | None,
+        gradient: int | None,
+        /,
+    ) -> None:
+        """Write the gradient of the columns, that of the features being a table times values."""
+
+    def feature_bytes(self, call: FeatureCall, work: int, /) -> int:
+        """Return the memory that a pass takes: 0 sums, 1 reading, 2 gradient."""
 
     def exponential(self, wide: bool, numbers: int, count: int, /) -> None:
         """Replace numbers up to 0 by their exponentials."""

@@ -1,0 +1,188 @@
+// What tokens read of a table with one row for each feature: for every degree the features times the table, each token's
+// share of them, and the sum over degrees. Threads share the tokens.
+#pragma once
+
+#include "arena.hpp"
+#include "features.hpp"
+#include "product.hpp"
+
+namespace korder::KORDER_ISA {
+
+template <class Real>
+class FeatureReading {
+    static constexpr int width = Vector<Real>::width, panel = Sizes<Real>::panel, strip = Shape::rows;
+    static constexpr std::int64_t panels = 8, block = panels * panel;  // tokens that go through the table together
+    static constexpr std::int64_t group = 1024 / sizeof(Real);         // features summed in Real, and kept in cache
+
+public:
+    explicit FeatureReading(const FeatureCall& call) : call_(call), table_(*call.monomials) {}
+
+    std::int64_t bytes() const { return shared_bytes() + call_.threads * thread_bytes(); }
+
+    void run(char* memory) const {
+        Arena shared(memory);
+        Real* packed = shared.take<Real>(table_.count * call_.channels);
+        Real* sizes = shared.take<Real>(table_.count);
+        const std::int64_t blocks = pieces(call_.tokens, block);
+        std::int64_t next = 0;
+#pragma omp parallel num_threads(call_.threads)
+        {
+            const int thread = omp_get_thread_num(), count = omp_get_num_threads();
+            pack(packed, sizes, table_.count * thread / count, table_.count * (thread + 1) / count);
+#pragma omp barrier
+            Arena arena(memory + shared_bytes() + thread * thread_bytes());
+            const Memory m = taken(arena);
+            clear(m.ones, panel, Real(1));
+            for (std::int64_t at = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); at < blocks;
+                 at = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED))
+                read(m, packed, sizes, at * block, lesser(block, call_.tokens - at * block));
+        }
+    }
+
+private:
+    struct Memory {
+        Real *columns, *products, *ones, *features;
+        double *totals, *last, *sizes, *shares;  // [channel or degree][token of the block]
+    };
+
+    Memory taken(Arena& arena) const {
+        Memory m;
+        m.columns = arena.take<Real>(panels * table_.width * panel);
+        m.products = arena.take<Real>((table_.degree + 1) * panel);
+        m.ones = arena.take<Real>(panel);
+        m.features = arena.take<Real>(group * panel);
+        m.totals = arena.take<double>(call_.channels * block);
+        m.last = arena.take<double>((table_.degree + 1) * block);
+        m.sizes = arena.take<double>((table_.degree + 1) * block);
+        m.shares = arena.take<double>((table_.degree + 1) * block);
+        return m;
+    }
+
+    std::int64_t shared_bytes() const {
+        Arena arena(nullptr);
+        arena.take<Real>(table_.count * call_.channels);
+        arena.take<Real>(table_.count);
+        return rounded(arena.used(), 4096);
+    }
+
+    std::int64_t thread_bytes() const {
+        Arena arena(nullptr);
+        taken(arena);
+        return rounded(arena.used(), 4096);
+    }
+
+    // The rows of the features [first, last): [degree][channels / strip][feature][strip], the last strip narrower.
+    void pack(Real* to, Real* sizes, std::int64_t first, std::int64_t last) const {
+        const Real *table = static_cast<const Real*>(call_.table), *from = static_cast<const Real*>(call_.sizes);
+        for (std::int64_t s = 0; s <= table_.degree; ++s) {
+            const Degree& degree = table_.degrees[s];
+            const std::int64_t low = greater(first - table_.offsets[s], 0);
+            const std::int64_t high = lesser(last, table_.offsets[s + 1]) - table_.offsets[s];
+            Real* place = to + table_.offsets[s] * call_.channels;
+            for (std::int64_t leaf = low; leaf < high; ++leaf) {
+                const Real* row = table + degree.rows[leaf] * call_.channels;
+                for (std::int64_t c = 0; c < call_.channels; c += strip) {
+                    const std::int64_t here = lesser(strip, call_.channels - c);
+                    for (std::int64_t l = 0; l < here; ++l) place[c * degree.count + leaf * here + l] = row[c + l];
+                }
+                if (from) sizes[table_.offsets[s] + leaf] = from[degree.rows[leaf]];
+            }
+        }
+    }
+
+    void read(const Memory& m, const Real* packed, const Real* sizes, std::int64_t at, std::int64_t count) const {
+        const std::int64_t degrees = table_.degree + 1, used = pieces(count, panel);
+        clear(m.totals, call_.channels * block), clear(m.last, degrees * block), clear(m.sizes, degrees * block);
+        for (std::int64_t s = 0; s < degrees; ++s)
+            for (std::int64_t j = 0; j < block; ++j)
+                m.shares[s * block + j] = j >= count ? 0 : call_.shares ? call_.shares[(at + j) * degrees + s] : 1;
+        for (std::int64_t p = 0; p < used; ++p)
+            columns(m, p).read(static_cast<const Real*>(call_.columns), table_.width, call_.tokens, at + p * panel,
+                               lesser(panel, count - p * panel));
+        for (std::int64_t s = 0; s < degrees; ++s)
+            for (std::int64_t first = 0; first < table_.degrees[s].count; first += group) {
+                const std::int64_t last = lesser(first + group, table_.degrees[s].count);
+                for (std::int64_t p = 0; p < used; ++p) {
+                    make(m, p, s, first, last, call_.sizes ? sizes + table_.offsets[s] : nullptr);
+                    add(m, p, s, first, last, packed + table_.offsets[s] * call_.channels);
+                }
+            }
+        finish(m, at, count);
+    }
+
+    Ancestors<Real> columns(const Memory& m, std::int64_t p) const {
+        return {m.columns + p * table_.width * panel, m.products, m.ones, panel};
+    }
+
+    // Makes the features [first, last) of a panel of tokens: [feature][token]; adds what their sizes read.
+    void make(const Memory& m, std::int64_t p, std::int64_t s, std::int64_t first, std::int64_t last,
+              const Real* sizes) const {
+        const Degree& degree = table_.degrees[s];
+        Ancestors<Real> ancestors = columns(m, p);
+        vec<Real> absolutes[Shape::keys] = {};
+        for (std::int64_t leaf = first; leaf < last; ++leaf) {
+            const std::int32_t* path = degree.paths + leaf * s;
+            if (s) ancestors.walk(path, leaf == first ? 1 : degree.levels[leaf], s, panel);
+            const Real *one = s ? ancestors.product(s - 1) : m.ones, *other = s ? ancestors.column(path[s - 1]) : m.ones;
+            Real* to = m.features + (leaf - first) * panel;
+#pragma GCC unroll 4
+            for (int v = 0; v < Shape::keys; ++v) {
+                const vec<Real> feature = load(one + v * width) * load(other + v * width);
+                store(to + v * width, feature);
+                if (sizes) absolutes[v] += absolute<Real>(feature) * sizes[leaf];
+            }
+        }
+        if (!sizes) return;
+        for (int v = 0; v < Shape::keys; ++v)
+            add_wide<Real>(m.sizes + s * block + p * panel + v * width, nullptr, absolutes[v]);
+    }
+
+    void add(const Memory& m, std::int64_t p, std::int64_t s, std::int64_t first, std::int64_t last,
+             const Real* packed) const {
+        const std::int64_t of_degree = table_.degrees[s].count;
+        for (std::int64_t c = 0; c < call_.channels; c += strip)
+            by_rows<strip>(call_.channels - c, [&](auto rows) {
+                add_strip<rows.value>(m, p, s, c, packed + c * of_degree + first * rows.value, last - first);
+            });
+    }
+
+    template <int Rows>
+    __attribute__((noinline)) void add_strip(const Memory& m, std::int64_t p, std::int64_t s, std::int64_t c,
+                                             const Real* packed, std::int64_t length) const {
+        Tile<Real, Rows, Shape::keys> tile{};
+        multiply(tile, packed, Rows, 1, m.features, panel, length);
+        const double* shares = m.shares + s * block + p * panel;
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < Shape::keys; ++v)
+                add_wide<Real>(m.totals + (c + r) * block + p * panel + v * width, shares + v * width, tile.at[r][v]);
+        if (c + Rows < call_.channels) return;
+#pragma GCC unroll 4
+        for (int v = 0; v < Shape::keys; ++v)
+            add_wide<Real>(m.last + s * block + p * panel + v * width, nullptr, tile.at[Rows - 1][v]);
+    }
+
+    // Writes a block: with powers, every channel over the last one, 0 in dead rows; without, the sums themselves.
+    void finish(const Memory& m, std::int64_t at, std::int64_t count) const {
+        const std::int64_t degrees = table_.degree + 1, last = call_.channels - 1;
+        for (std::int64_t j = 0; j < count; ++j) {
+            double* to = call_.sums + (at + j) * call_.channels;
+            const bool dead = call_.live && !call_.live[at + j];
+            for (std::int64_t c = 0; c < last; ++c) {
+                const double sum = m.totals[c * block + j];
+                to[c] = dead ? 0.0 : call_.powers ? sum / m.totals[last * block + j] : sum;
+            }
+            to[last] = m.totals[last * block + j];
+            for (std::int64_t s = 0; call_.powers && s < degrees; ++s) {
+                call_.powers[(at + j) * degrees + s] = m.last[s * block + j];
+                call_.absolute[(at + j) * degrees + s] = m.sizes[s * block + j];
+            }
+        }
+    }
+
+    const FeatureCall& call_;
+    const Monomials& table_;
+};
+
+}  // namespace korder::KORDER_ISA

@@ -1,0 +1,82 @@
+// Monomials of a block of tokens, made where they are used: one multiplication each, in memory that stays in cache.
+#pragma once
+
+#include "monomials.hpp"
+#include "pack.hpp"
+
+namespace korder::KORDER_ISA {
+
+constexpr int most_degrees = 64;
+
+// The columns of a block of tokens, `pitch` numbers apart and zero behind the last token, and the products along the path
+// that is being walked.
+template <class Real>
+class Ancestors {
+public:
+    Ancestors(Real* columns, Real* products, const Real* ones, std::int64_t pitch)
+        : columns_(columns), products_(products), pitch_(pitch) {
+        at_[0] = ones;
+    }
+
+    static std::int64_t numbers(const Monomials& table, std::int64_t pitch) {
+        return (table.width + table.degree + 2) * pitch;
+    }
+
+    // Reads the block [first, first + count) of columns that are `tokens` long.
+    void read(const Real* from, std::int64_t width, std::int64_t tokens, std::int64_t first, std::int64_t count) {
+        for (std::int64_t l = 0; l < width; ++l) {
+            Real* to = columns_ + l * pitch_;
+            for (std::int64_t j = 0; j < count; ++j) to[j] = from[l * tokens + first + j];
+            clear(to + count, pitch_ - count);
+        }
+    }
+
+    // Makes the products of a path's columns from step `from` up to its last but one, for `length` tokens.
+    KORDER_INLINE void walk(const std::int32_t* path, std::int64_t from, std::int64_t degree, std::int64_t length) {
+        for (std::int64_t s = from; s < degree; ++s) {
+            const Real* column = columns_ + path[s - 1] * pitch_;
+            if (s == 1) {
+                at_[1] = column;
+                continue;
+            }
+            Real* to = products_ + s * pitch_;
+            for (std::int64_t j = 0; j < length; j += Vector<Real>::width)
+                store(to + j, load(at_[s - 1] + j) * load(column + j));
+            at_[s] = to;
+        }
+    }
+
+    const Real* product(std::int64_t step) const { return at_[step]; }
+    const Real* column(std::int32_t l) const { return columns_ + l * pitch_; }
+
+private:
+    Real *columns_, *products_;
+    std::int64_t pitch_;
+    const Real* at_[most_degrees + 1];
+};
+
+template <int Rows>
+struct Count {
+    static constexpr int value = Rows;
+};
+
+// Calls body(Count<rows>()), for at most Rows of them.
+template <int Rows, class Body>
+KORDER_INLINE void by_rows(std::int64_t rows, Body body) {
+    if (rows >= Rows)
+        body(Count<Rows>{});
+    else if constexpr (Rows > 1)
+        by_rows<Rows - 1>(rows, body);
+}
+
+// to[i] += factor[i] * from[i] in double, for the lanes of one vector; without factors to[i] += from[i].
+template <class Real>
+KORDER_INLINE void add_wide(double* to, const double* factor, vec<Real> from) {
+    constexpr int width = Vector<Real>::width;
+    Real lanes[width];
+    store(lanes, from);
+#pragma GCC unroll 16
+    for (int i = 0; i < width; ++i) to[i] += factor ? factor[i] * double(lanes[i]) : double(lanes[i]);
+}
+
+}  // namespace korder::KORDER_ISA
