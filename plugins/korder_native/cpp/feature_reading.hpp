@@ -11,8 +11,10 @@ namespace korder::KORDER_ISA {
 template <class Real>
 class FeatureReading {
     static constexpr int width = Vector<Real>::width, panel = Sizes<Real>::panel, strip = Shape::rows;
-    static constexpr std::int64_t panels = 8, block = panels * panel;  // tokens that go through the table together
-    static constexpr std::int64_t group = 1024 / sizeof(Real);         // features summed in Real, and kept in cache
+    static constexpr int twins = 2, pair = twins * panel;             // panels whose features are made at once
+    static constexpr std::int64_t pairs = 4, block = pairs * pair;    // tokens that go through the table together
+    static constexpr std::int64_t group = (24 << 10) / (pair * sizeof(Real));  // features that stay in the first cache
+    static_assert(group <= 256, "more terms than rounding bounds count on");
 
 public:
     explicit FeatureReading(const FeatureCall& call) : call_(call), table_(*call.monomials) {}
@@ -32,7 +34,7 @@ public:
 #pragma omp barrier
             Arena arena(memory + shared_bytes() + thread * thread_bytes());
             const Memory m = taken(arena);
-            clear(m.ones, panel, Real(1));
+            clear(m.ones, pair, Real(1));
             for (std::int64_t at = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); at < blocks;
                  at = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED))
                 read(m, packed, sizes, at * block, lesser(block, call_.tokens - at * block));
@@ -47,10 +49,10 @@ private:
 
     Memory taken(Arena& arena) const {
         Memory m;
-        m.columns = arena.take<Real>(panels * table_.width * panel);
-        m.products = arena.take<Real>((table_.degree + 1) * panel);
-        m.ones = arena.take<Real>(panel);
-        m.features = arena.take<Real>(group * panel);
+        m.columns = arena.take<Real>(block * table_.width);
+        m.products = arena.take<Real>((table_.degree + 1) * pair);
+        m.ones = arena.take<Real>(pair);
+        m.features = arena.take<Real>(group * pair);
         m.totals = arena.take<double>(call_.channels * block);
         m.last = arena.take<double>((table_.degree + 1) * block);
         m.sizes = arena.take<double>((table_.degree + 1) * block);
@@ -91,14 +93,14 @@ private:
     }
 
     void read(const Memory& m, const Real* packed, const Real* sizes, std::int64_t at, std::int64_t count) const {
-        const std::int64_t degrees = table_.degree + 1, used = pieces(count, panel);
+        const std::int64_t degrees = table_.degree + 1, used = pieces(count, pair);
         clear(m.totals, call_.channels * block), clear(m.last, degrees * block), clear(m.sizes, degrees * block);
         for (std::int64_t s = 0; s < degrees; ++s)
             for (std::int64_t j = 0; j < block; ++j)
                 m.shares[s * block + j] = j >= count ? 0 : call_.shares ? call_.shares[(at + j) * degrees + s] : 1;
         for (std::int64_t p = 0; p < used; ++p)
-            columns(m, p).read(static_cast<const Real*>(call_.columns), table_.width, call_.tokens, at + p * panel,
-                               lesser(panel, count - p * panel));
+            columns(m, p).read(static_cast<const Real*>(call_.columns), table_.width, call_.tokens, at + p * pair,
+                               lesser(pair, count - p * pair));
         for (std::int64_t s = 0; s < degrees; ++s)
             for (std::int64_t first = 0; first < table_.degrees[s].count; first += group) {
                 const std::int64_t last = lesser(first + group, table_.degrees[s].count);
@@ -111,7 +113,7 @@ private:
     }
 
     Ancestors<Real> columns(const Memory& m, std::int64_t p) const {
-        return {m.columns + p * table_.width * panel, m.products, m.ones, panel};
+        return {m.columns + p * table_.width * pair, m.products, m.ones, pair};
     }
 
     // Makes the features [first, last) of a panel of tokens: [feature][token]; adds what their sizes read.
@@ -119,22 +121,22 @@ private:
               const Real* sizes) const {
         const Degree& degree = table_.degrees[s];
         Ancestors<Real> ancestors = columns(m, p);
-        vec<Real> absolutes[Shape::keys] = {};
+        vec<Real> absolutes[twins * Shape::keys] = {};
         for (std::int64_t leaf = first; leaf < last; ++leaf) {
             const std::int32_t* path = degree.paths + leaf * s;
-            if (s) ancestors.walk(path, leaf == first ? 1 : degree.levels[leaf], s, panel);
+            if (s) ancestors.walk(path, leaf == first ? 1 : degree.levels[leaf], s, pair);
             const Real *one = s ? ancestors.product(s - 1) : m.ones, *other = s ? ancestors.column(path[s - 1]) : m.ones;
-            Real* to = m.features + (leaf - first) * panel;
-#pragma GCC unroll 4
-            for (int v = 0; v < Shape::keys; ++v) {
+            Real* to = m.features + (leaf - first) * pair;
+#pragma GCC unroll 8
+            for (int v = 0; v < twins * Shape::keys; ++v) {
                 const vec<Real> feature = load(one + v * width) * load(other + v * width);
                 store(to + v * width, feature);
                 if (sizes) absolutes[v] += absolute<Real>(feature) * sizes[leaf];
             }
         }
         if (!sizes) return;
-        for (int v = 0; v < Shape::keys; ++v)
-            add_wide<Real>(m.sizes + s * block + p * panel + v * width, nullptr, absolutes[v]);
+        for (int v = 0; v < twins * Shape::keys; ++v)
+            add_wide<Real>(m.sizes + s * block + p * pair + v * width, nullptr, absolutes[v]);
     }
 
     void add(const Memory& m, std::int64_t p, std::int64_t s, std::int64_t first, std::int64_t last,
@@ -149,18 +151,21 @@ private:
     template <int Rows>
     __attribute__((noinline)) void add_strip(const Memory& m, std::int64_t p, std::int64_t s, std::int64_t c,
                                              const Real* packed, std::int64_t length) const {
-        Tile<Real, Rows, Shape::keys> tile{};
-        multiply(tile, packed, Rows, 1, m.features, panel, length);
-        const double* shares = m.shares + s * block + p * panel;
+        for (std::int64_t token = 0; token < pair; token += panel) {
+            Tile<Real, Rows, Shape::keys> tile{};
+            multiply(tile, packed, Rows, 1, m.features + token, pair, length);
+            const std::int64_t at = p * pair + token;
 #pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r)
+            for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+                for (int v = 0; v < Shape::keys; ++v)
+                    add_wide<Real>(m.totals + (c + r) * block + at + v * width, m.shares + s * block + at + v * width,
+                                   tile.at[r][v]);
+            if (c + Rows < call_.channels) continue;
 #pragma GCC unroll 4
             for (int v = 0; v < Shape::keys; ++v)
-                add_wide<Real>(m.totals + (c + r) * block + p * panel + v * width, shares + v * width, tile.at[r][v]);
-        if (c + Rows < call_.channels) return;
-#pragma GCC unroll 4
-        for (int v = 0; v < Shape::keys; ++v)
-            add_wide<Real>(m.last + s * block + p * panel + v * width, nullptr, tile.at[Rows - 1][v]);
+                add_wide<Real>(m.last + s * block + at + v * width, nullptr, tile.at[Rows - 1][v]);
+        }
     }
 
     // Writes a block: with powers, every channel over the last one, 0 in dead rows; without, the sums themselves.

@@ -136,15 +136,15 @@ private:
     KORDER_INLINE void make(const Memory& m, const Real* one, const Real* other, std::int64_t length, Real* to,
                             std::int64_t row) const {
         vec<Real> sizes[2] = {}, sums[2] = {};
-        const Real* rest = m.rest + (rest_ - 1) * pitch;
         for (std::int64_t j = 0; j < length; j += 2 * width)
 #pragma GCC unroll 2
             for (int v = 0; v < 2; ++v) {
                 const std::int64_t i = j + v * width;
                 const vec<Real> feature = load(one + i) * load(other + i);
                 store(to + i, feature);
-                if (rest_) sums[v] += feature * load(rest + i);
-                if (call_.absolute) sizes[v] += absolute<Real>(feature) * load(m.weights + i);
+                const vec<Real> weight = load(m.weights + i);
+                sums[v] += feature * weight;
+                sizes[v] += absolute<Real>(feature) * weight;
             }
         double* at = call_.sums + row * call_.channels;
         if (rest_) at[call_.channels - 1] += double(sum_of<Real>(sums[0] + sums[1]));
