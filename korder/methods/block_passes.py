@@ -15,6 +15,7 @@ from korder.methods.readings import (
 )
 
 if TYPE_CHECKING:
+    from korder.methods.factors import Factor, Plane
     from korder.methods.features import FeatureTable
     from korder.planning.plan import PolynomialPlan
 
@@ -47,20 +48,26 @@ class BlockPasses:
     dtype: Any
     scale_sign: float
 
-    # the array operations of the kernel that these passes are made of
+    # the operations of the kernel that these passes are made of
+    scaled: Any
     product: Any
     adjoint: Any
     absolute_sums: Any
     absolute_read: Any
 
-    def add_keys(self, block: FeatureBlock, weighted: Array, state: State) -> State:
-        """Return the state with a block of keys added; weighted [w v, w] (c, e + 1)."""
+    def add_keys(self, plane: Plane, mode: int, scales: Array, tokens: tuple[int, int], state: State) -> State:
+        """Return the state of a mode with a block of keys added; scales (k + 1, w)."""
+        block = FeatureBlock(self, self.scaled(plane.keys[mode], scales[mode + 1, ...], *tokens))
+        weighted = plane.values_and_weights(self.xp, mode, *tokens)
         sums = self.product(block.features, weighted, state[0])
         return sums, self.absolute_sums(block.columns, block.features, weighted[:, -1:], state[1])
 
-    def finish_block(self, block: FeatureBlock, table: ReadTable, centre: Array, live: Array) -> FinishedRows:
-        """Return what a block of rows comes to."""
-        return finish_rows(self.xp, self.polynomial.values, self.read(block, table), centre, live)
+    def finish_block(
+        self, query: Factor, scale: Array, tokens: tuple[int, int], table: ReadTable, rows: tuple[Array, Array]
+    ) -> FinishedRows:
+        """Return what a block of rows comes to, given their centres (c,) and whether they are live (c,)."""
+        block = FeatureBlock(self, self.scaled(query, scale, *tokens))
+        return finish_rows(self.xp, self.polynomial.values, self.read(block, table), *rows)
 
     def shares(self, centre: Array) -> list[Array]:
         """Return what each power of the score is multiplied with in rows of these centres (c,), one (c,) per degree."""

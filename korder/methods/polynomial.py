@@ -13,7 +13,7 @@ import numpy as np
 from array_api_compat import device
 
 from korder.errors import AccuracyError
-from korder.methods.block_passes import BlockPasses, FeatureBlock
+from korder.methods.block_passes import BlockPasses
 from korder.methods.factors import Factor, Plane, plane_count, planes
 from korder.methods.features import (
     FeatureTable,
@@ -87,7 +87,7 @@ class PolynomialKernel(BlockPasses, RunningArrays):
             return self._nothing(operands)
         centre = known.get("centre")
         if centre is None:
-            centre = row_centres(xp, problem, operands, self.polynomial.coefficients)
+            centre = self.centres(operands)
         live, log_weights = live_rows(xp, problem, operands, known.get("maxima"))
         progress = self._progress(operands)
         place, degree, dtype = device(operands.query), self.polynomial.degree, getattr(xp, problem.dtype)
@@ -98,7 +98,7 @@ class PolynomialKernel(BlockPasses, RunningArrays):
             self.collector(place),
         )
         kept = Kept(save)
-        for index, plane in enumerate(planes(xp, problem, operands, known.get("maxima"))):
+        for index, plane in enumerate(self.planes(operands, known.get("maxima"))):
             scales = self.column_scales(plane) if "scales" not in known else known["scales"][index, ...]
             states: list[Array] = []
             for head, start, finished in self.finished_blocks(
@@ -119,6 +119,14 @@ class PolynomialKernel(BlockPasses, RunningArrays):
             magnitude=magnitude,
             residuals=kept.residuals(xp, centre) if save else None,
         )
+
+    def centres(self, operands: Operands) -> Array:
+        """Return the centre of every row's scores: (b, h, n) float64."""
+        return row_centres(self.xp, self.problem, operands, self.polynomial.coefficients)
+
+    def planes(self, operands: Operands, maxima: Array | None = None) -> Iterator[Plane]:
+        """Yield the planes of the problem; see `factors.planes`."""
+        return planes(self.xp, self.problem, operands, maxima)
 
     def residual_shapes(self, operands: Operands) -> dict[str, tuple[tuple[int, ...], str]]:
         """Return shape and dtype of everything that forward returns beside the output, residuals included."""
@@ -148,7 +156,7 @@ class PolynomialKernel(BlockPasses, RunningArrays):
         operands: Operands,
         plane: Plane,
         scales: Array,
-        rows: tuple[Array, Array],
+        of_rows: tuple[Array, Array],
         states: list[Array],
         progress: Progress,
     ) -> Iterator[tuple[int, int, FinishedRows]]:
@@ -156,7 +164,7 @@ class PolynomialKernel(BlockPasses, RunningArrays):
 
         Puts the modes' key states into `states`.
         """
-        centre, live = rows
+        centre, live = of_rows
         if self.problem.spec.mask.kind != "full":
             from korder.methods.running import running_readings
 
@@ -170,8 +178,8 @@ class PolynomialKernel(BlockPasses, RunningArrays):
         for head, query in zip(plane.heads, plane.queries, strict=True):
             for start, stop in self.blocks(query.length):
                 at = (plane.batch, head, slice(start, stop))
-                block = FeatureBlock(self, self.scaled(query, scales[0, ...], start, stop))
-                yield head, start, self.finish_block(block, table, centre[at], live[at])
+                rows = (centre[at], live[at])
+                yield head, start, self.finish_block(query, scales[0, ...], (start, stop), table, rows)
                 progress.advance(stop - start)
 
     def key_state(self, plane: Plane, mode: int, scales: Array, progress: Progress) -> tuple[Array, Array]:
@@ -182,8 +190,7 @@ class PolynomialKernel(BlockPasses, RunningArrays):
         state = xp.zeros(shape, dtype=xp.float64, device=device(key.rows))
         absolute = xp.zeros((shape[0], 1), dtype=xp.float64, device=device(key.rows))
         for start, stop in self.blocks(key.length):
-            block = FeatureBlock(self, self.scaled(key, scales[mode + 1, ...], start, stop))
-            state, absolute = self.add_keys(block, plane.values_and_weights(xp, mode, start, stop), (state, absolute))
+            state, absolute = self.add_keys(plane, mode, scales, (start, stop), (state, absolute))
             progress.advance(stop - start)
         return state, absolute
 
@@ -270,7 +277,11 @@ class PolynomialKernel(BlockPasses, RunningArrays):
         """Return powers of two near the largest finite live entry of every column: (k + 1, w) float64."""
         xp = self.xp
         queries = xp.max(xp.stack([column_peaks(xp, query) for query in plane.queries], axis=0), axis=0)
-        return scales_of_peaks(xp, xp.stack([queries, *(column_peaks(xp, key) for key in plane.keys)], axis=0))
+        return self.scales_of(xp.stack([queries, *(column_peaks(xp, key) for key in plane.keys)], axis=0))
+
+    def scales_of(self, peaks: Array) -> Array:
+        """Return the powers of two near peaks (k + 1, w), such that no product of scales leaves the numbers' range."""
+        return scales_of_peaks(self.xp, peaks)
 
     def scaled(self, factor: Factor, scale: Array, start: int, stop: int) -> Array:
         """Return a factor's columns over their scales: (w, stop - start), entries of at most 1."""

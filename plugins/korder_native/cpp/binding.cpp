@@ -27,6 +27,7 @@ using korder::FeatureCall;
 using korder::Matrix;
 using korder::Mode;
 using korder::Monomials;
+using korder::Number;
 using korder::Table;
 using korder::Work;
 using Address = std::uintptr_t;
@@ -113,33 +114,33 @@ public:
     OwnedMonomials& operator=(const OwnedMonomials&) = delete;
 
     // Adds the monomials of the next degree, `count` of them; the arrays are copied. See `Degree`.
-    void add(std::int64_t count, Address paths, Address levels, Address rows) {
+    void add(std::int64_t count, Address paths, Address levels) {
         const std::int64_t degree = ++table_.degree;
         const auto copied = [](Address from, std::int64_t size) {
             const auto* first = reinterpret_cast<const std::int32_t*>(from);
             return std::vector<std::int32_t>(first, first + size);
         };
-        arrays_.push_back({copied(paths, count * degree), copied(levels, count), copied(rows, count)});
+        arrays_.push_back({copied(paths, count * degree), copied(levels, count)});
         table_.count += count;
         offsets_.push_back(table_.count);
         const Arrays& now = arrays_.back();
-        degrees_.push_back({count, now[0].data(), now[1].data(), now[2].data()});
+        degrees_.push_back({count, now[0].data(), now[1].data()});
         table_.degrees = degrees_.data(), table_.offsets = offsets_.data();
     }
 
     const Monomials* get() const { return &table_; }
 
 private:
-    using Arrays = std::array<std::vector<std::int32_t>, 3>;
+    using Arrays = std::array<std::vector<std::int32_t>, 2>;
     Monomials table_;
     std::vector<Arrays> arrays_;
     std::vector<Degree> degrees_;
     std::vector<std::int64_t> offsets_ = {0};
 };
 
-template <class Number = void>
-Number* at(const MaybeAddress& address) {
-    return static_cast<Number*>(pointer_of(address));
+template <class Item = void>
+Item* at(const MaybeAddress& address) {
+    return static_cast<Item*>(pointer_of(address));
 }
 
 FeatureCall feature_call(const OwnedMonomials& monomials, bool wide, int threads, std::int64_t tokens,
@@ -199,26 +200,38 @@ NB_MODULE(_native, m) {
         .def("backward", [](const Table& table, const Call& call) { run(table, call, true); })
         .def("largest", &largest)
         .def("feature_sums",
-             [](const Table& table, FeatureCall call, Address columns, Address values, MaybeAddress shares, Address sums,
-                MaybeAddress absolute) {
-                 call.columns = at(columns), call.values = at(values), call.shares = at<double>(shares);
-                 call.sums = at<double>(sums), call.absolute = at<double>(absolute);
+             [](const Table& table, FeatureCall call, const MaybeAddress& shares, Address sums,
+                const MaybeAddress& absolute) {
+                 call.shares = at<double>(shares), call.sums = at<double>(sums), call.absolute = at<double>(absolute);
                  run_features(table, call, Work::sums);
              })
         .def("read_features",
-             [](const Table& table, FeatureCall call, Address columns, Address entries, MaybeAddress sizes,
-                MaybeAddress shares, MaybeAddress live, Address sums, MaybeAddress powers, MaybeAddress absolute) {
-                 call.columns = at(columns), call.table = at(entries), call.sizes = at(sizes);
-                 call.shares = at<double>(shares), call.live = at<std::uint8_t>(live), call.sums = at<double>(sums);
-                 call.powers = at<double>(powers), call.absolute = at<double>(absolute);
+             [](const Table& table, FeatureCall call, Address entries, const MaybeAddress& sizes,
+                const MaybeAddress& shares, const MaybeAddress& live, Address sums, const MaybeAddress& powers,
+                const MaybeAddress& absolute) {
+                 call.table = at(entries), call.sizes = at(sizes), call.shares = at<double>(shares);
+                 call.live = at<std::uint8_t>(live), call.sums = at<double>(sums), call.powers = at<double>(powers);
+                 call.absolute = at<double>(absolute);
                  run_features(table, call, Work::reading);
              })
         .def("feature_gradient",
-             [](const Table& table, FeatureCall call, Address columns, Address values, MaybeAddress shares,
-                Address entries, Address gradient) {
-                 call.columns = at(columns), call.values = at(values), call.shares = at<double>(shares);
-                 call.table = at(entries), call.gradient = at(gradient);
+             [](const Table& table, FeatureCall call, const MaybeAddress& shares, Address entries, Address gradient) {
+                 call.shares = at<double>(shares), call.table = at(entries), call.gradient = at(gradient);
                  run_features(table, call, Work::gradient);
+             })
+        .def("column_facts",
+             [](const Table& table, const FeatureCall& call, const MaybeAddress& weights, Address peaks,
+                Address totals) {
+                 nb::gil_scoped_release unlocked;
+                 const auto token = memory_of(call.monomials->width * 8);
+                 table.column_facts(call, at<double>(weights), at<double>(peaks), at<double>(totals),
+                                    reinterpret_cast<double*>(token.get()));
+             })
+        .def("token_products",
+             [](const Table& table, const FeatureCall& call, Address factors, Address products) {
+                 nb::gil_scoped_release unlocked;
+                 const auto token = memory_of(call.monomials->width * 8);
+                 table.token_products(call, at<double>(factors), at<double>(products), reinterpret_cast<double*>(token.get()));
              })
         .def("feature_bytes", [](const Table& table, const FeatureCall& call, int work) {
             return table.features(call, Work(work), nullptr);
@@ -235,7 +248,15 @@ NB_MODULE(_native, m) {
              [](FeatureCall* call, const OwnedMonomials& monomials, bool wide, int threads, std::int64_t tokens,
                 std::int64_t channels) {
                  new (call) FeatureCall(feature_call(monomials, wide, threads, tokens, channels));
-             }, nb::keep_alive<1, 2>());
+             }, nb::keep_alive<1, 2>())
+        .def("set_columns",
+             [](FeatureCall& call, const View& rows, int number, const MaybeAddress& factors, const MaybeAddress& open) {
+                 call.columns = {matrix_of(rows), Number(number), at<double>(factors), at<std::uint8_t>(open)};
+             })
+        .def("set_values",
+             [](FeatureCall& call, const View& rows, int number, bool appends, const MaybeAddress& weights) {
+                 call.values = {matrix_of(rows), Number(number), appends, at<double>(weights)};
+             });
 
     m.def("kernels", &table_of, nb::rv_policy::reference);
     m.def("known_names", [] {

@@ -19,31 +19,25 @@ class FeatureGradient {
 public:
     explicit FeatureGradient(const FeatureCall& call) : call_(call), table_(*call.monomials) {}
 
-    std::int64_t bytes() const { return shared_bytes() + call_.threads * thread_bytes(); }
+    std::int64_t bytes() const { return call_.threads * thread_bytes(); }
 
     void run(char* memory) const {
-        Arena shared(memory);
-        Real* rows = shared.take<Real>((table_.count + strip) * call_.channels);
         const std::int64_t blocks = pieces(call_.tokens, block);
         std::int64_t next = 0;
 #pragma omp parallel num_threads(call_.threads)
         {
-            const int thread = omp_get_thread_num(), count = omp_get_num_threads();
-            pack(rows, table_.count * thread / count, table_.count * (thread + 1) / count);
-            if (thread == 0) clear(rows + table_.count * call_.channels, strip * call_.channels);
-#pragma omp barrier
-            Arena arena(memory + shared_bytes() + thread * thread_bytes());
+            Arena arena(memory + omp_get_thread_num() * thread_bytes());
             const Memory m = taken(arena);
             clear(m.ones, pair, Real(1));
             for (std::int64_t at = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); at < blocks;
                  at = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED))
-                differentiate(m, rows, at * block, lesser(block, call_.tokens - at * block));
+                differentiate(m, at * block, lesser(block, call_.tokens - at * block));
         }
     }
 
 private:
     struct Memory {
-        Real *columns, *products, *ones, *values, *of_features, *of_products, *of_columns;
+        Real *columns, *products, *ones, *values, *of_features, *of_products, *of_columns, *token;
         double* totals;  // [pair][column][token]
     };
 
@@ -56,14 +50,9 @@ private:
         m.of_features = arena.take<Real>(group * pair);
         m.of_products = arena.take<Real>((table_.degree + 1) * pair);
         m.of_columns = arena.take<Real>(table_.width * pair);
+        m.token = arena.take<Real>(greater(table_.width, call_.channels));
         m.totals = arena.take<double>(block * table_.width);
         return m;
-    }
-
-    std::int64_t shared_bytes() const {
-        Arena arena(nullptr);
-        arena.take<Real>((table_.count + strip) * call_.channels);
-        return rounded(arena.used(), 4096);
     }
 
     std::int64_t thread_bytes() const {
@@ -72,31 +61,18 @@ private:
         return rounded(arena.used(), 4096);
     }
 
-    // The rows of the features [first, last) in the order of the walk.
-    void pack(Real* to, std::int64_t first, std::int64_t last) const {
-        const Real* table = static_cast<const Real*>(call_.table);
-        for (std::int64_t s = 0; s <= table_.degree; ++s) {
-            const std::int64_t low = greater(first, table_.offsets[s]), high = lesser(last, table_.offsets[s + 1]);
-            for (std::int64_t leaf = low; leaf < high; ++leaf) {
-                const Real* row = table + table_.degrees[s].rows[leaf - table_.offsets[s]] * call_.channels;
-                for (std::int64_t c = 0; c < call_.channels; ++c) to[leaf * call_.channels + c] = row[c];
-            }
-        }
-    }
-
-    void differentiate(const Memory& m, const Real* rows, std::int64_t at, std::int64_t count) const {
+    void differentiate(const Memory& m, std::int64_t at, std::int64_t count) const {
         const std::int64_t used = pieces(count, pair);
         clear(m.totals, block * table_.width);
         for (std::int64_t p = 0; p < used; ++p)
-            columns(m, p).read(static_cast<const Real*>(call_.columns), table_.width, call_.tokens, at + p * pair,
-                               lesser(pair, count - p * pair));
+            columns(m, p).read(call_, at + p * pair, lesser(pair, count - p * pair), m.token);
         for (std::int64_t s = 1; s <= table_.degree; ++s) {
             if (s == 1 || call_.shares)
                 for (std::int64_t p = 0; p < used; ++p) read_values(m, p, s, at, count);
             for (std::int64_t first = 0; first < table_.degrees[s].count; first += group) {
                 const std::int64_t last = lesser(first + group, table_.degrees[s].count);
                 for (std::int64_t p = 0; p < used; ++p) {
-                    multiply_rows(m, p, rows + (table_.offsets[s] + first) * call_.channels, last - first);
+                    multiply_rows(m, p, table_.offsets[s] + first, last - first);
                     go_back(m, p, s, first, last);
                 }
             }
@@ -112,39 +88,38 @@ private:
         return {m.columns + p * table_.width * pair, m.products, m.ones, pair};
     }
 
-    // The values of a pair of tokens, each with its share of a degree: [channel][token], zeros behind the last token.
+    // The values of a pair of panels, each token's with its share of a degree: [channel][token], zeros behind the last.
     void read_values(const Memory& m, std::int64_t p, std::int64_t s, std::int64_t at, std::int64_t count) const {
         Real* to = m.values + p * call_.channels * pair;
         for (std::int64_t j = 0; j < pair; ++j) {
-            const std::int64_t token = p * pair + j;
-            const std::int64_t row = (at + token) * call_.channels;
-            if (token >= count) {
-                for (std::int64_t c = 0; c < call_.channels; ++c) to[c * pair + j] = Real(0);
-            } else if (call_.shares) {
-                const double share = call_.shares[(at + token) * (table_.degree + 1) + s];
-                const double* from = static_cast<const double*>(call_.values) + row;
-                for (std::int64_t c = 0; c < call_.channels; ++c) to[c * pair + j] = Real(from[c] * share);
-            } else {
-                const Real* from = static_cast<const Real*>(call_.values) + row;
-                for (std::int64_t c = 0; c < call_.channels; ++c) to[c * pair + j] = from[c];
-            }
+            if (p * pair + j < count)
+                KORDER_ISA::read_values(call_, s, at + p * pair + j, m.token);
+            else
+                clear(m.token, call_.channels);
+            for (std::int64_t c = 0; c < call_.channels; ++c) to[c * pair + j] = m.token[c];
         }
     }
 
-    // The gradients of features: [feature][token].
-    __attribute__((noinline)) void multiply_rows(const Memory& m, std::int64_t p, const Real* rows,
-                                                 std::int64_t count) const {
+    // The gradients of features from row `first` of the table on: [feature][token].
+    void multiply_rows(const Memory& m, std::int64_t p, std::int64_t first, std::int64_t count) const {
+        const Real* rows = static_cast<const Real*>(call_.table) + first * call_.channels;
         for (std::int64_t i = 0; i < count; i += strip)
-            for (std::int64_t token = 0; token < pair; token += panel) {
-                Tile<Real, strip, Shape::keys> tile{};
-                multiply(tile, rows + i * call_.channels, 1, call_.channels, m.values + p * call_.channels * pair + token,
-                         pair, call_.channels);
-                Real* to = m.of_features + i * pair + token;
+            by_rows<strip>(count - i, [&](auto here) {
+                multiply_strip<here.value>(rows + i * call_.channels, m.values + p * call_.channels * pair,
+                                           m.of_features + i * pair);
+            });
+    }
+
+    template <int Rows>
+    __attribute__((noinline)) void multiply_strip(const Real* rows, const Real* values, Real* to) const {
+        for (std::int64_t token = 0; token < pair; token += panel) {
+            Tile<Real, Rows, Shape::keys> tile{};
+            multiply(tile, rows, 1, call_.channels, values + token, pair, call_.channels);
 #pragma GCC unroll 8
-                for (int r = 0; r < strip; ++r)
+            for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
-                    for (int v = 0; v < Shape::keys; ++v) store(to + r * pair + v * width, tile.at[r][v]);
-            }
+                for (int v = 0; v < Shape::keys; ++v) store(to + r * pair + token + v * width, tile.at[r][v]);
+        }
     }
 
     // Sends the gradients of the features [first, last) of degree s on to the columns along the paths.

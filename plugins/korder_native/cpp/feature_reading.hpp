@@ -13,8 +13,8 @@ class FeatureReading {
     static constexpr int width = Vector<Real>::width, panel = Sizes<Real>::panel, strip = Shape::rows;
     static constexpr int twins = 2, pair = twins * panel;             // panels whose features are made at once
     static constexpr std::int64_t pairs = 4, block = pairs * pair;    // tokens that go through the table together
-    static constexpr std::int64_t group = (24 << 10) / (pair * sizeof(Real));  // features that stay in the first cache
-    static_assert(group <= 256, "more terms than rounding bounds count on");
+    // Features that stay in the first cache; not more terms than sums in Real may have.
+    static constexpr std::int64_t room = (24 << 10) / (pair * sizeof(Real)), group = room < 256 ? room : 256;
 
 public:
     explicit FeatureReading(const FeatureCall& call) : call_(call), table_(*call.monomials) {}
@@ -24,26 +24,25 @@ public:
     void run(char* memory) const {
         Arena shared(memory);
         Real* packed = shared.take<Real>(table_.count * call_.channels);
-        Real* sizes = shared.take<Real>(table_.count);
         const std::int64_t blocks = pieces(call_.tokens, block);
         std::int64_t next = 0;
 #pragma omp parallel num_threads(call_.threads)
         {
             const int thread = omp_get_thread_num(), count = omp_get_num_threads();
-            pack(packed, sizes, table_.count * thread / count, table_.count * (thread + 1) / count);
+            pack(packed, table_.count * thread / count, table_.count * (thread + 1) / count);
 #pragma omp barrier
             Arena arena(memory + shared_bytes() + thread * thread_bytes());
             const Memory m = taken(arena);
             clear(m.ones, pair, Real(1));
             for (std::int64_t at = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); at < blocks;
                  at = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED))
-                read(m, packed, sizes, at * block, lesser(block, call_.tokens - at * block));
+                read(m, packed, at * block, lesser(block, call_.tokens - at * block));
         }
     }
 
 private:
     struct Memory {
-        Real *columns, *products, *ones, *features;
+        Real *columns, *products, *ones, *features, *token;
         double *totals, *last, *sizes, *shares;  // [channel or degree][token of the block]
     };
 
@@ -53,6 +52,7 @@ private:
         m.products = arena.take<Real>((table_.degree + 1) * pair);
         m.ones = arena.take<Real>(pair);
         m.features = arena.take<Real>(group * pair);
+        m.token = arena.take<Real>(table_.width);
         m.totals = arena.take<double>(call_.channels * block);
         m.last = arena.take<double>((table_.degree + 1) * block);
         m.sizes = arena.take<double>((table_.degree + 1) * block);
@@ -63,7 +63,6 @@ private:
     std::int64_t shared_bytes() const {
         Arena arena(nullptr);
         arena.take<Real>(table_.count * call_.channels);
-        arena.take<Real>(table_.count);
         return rounded(arena.used(), 4096);
     }
 
@@ -74,38 +73,33 @@ private:
     }
 
     // The rows of the features [first, last): [degree][channels / strip][feature][strip], the last strip narrower.
-    void pack(Real* to, Real* sizes, std::int64_t first, std::int64_t last) const {
-        const Real *table = static_cast<const Real*>(call_.table), *from = static_cast<const Real*>(call_.sizes);
+    void pack(Real* to, std::int64_t first, std::int64_t last) const {
+        const Real* table = static_cast<const Real*>(call_.table);
         for (std::int64_t s = 0; s <= table_.degree; ++s) {
-            const Degree& degree = table_.degrees[s];
-            const std::int64_t low = greater(first - table_.offsets[s], 0);
-            const std::int64_t high = lesser(last, table_.offsets[s + 1]) - table_.offsets[s];
-            Real* place = to + table_.offsets[s] * call_.channels;
-            for (std::int64_t leaf = low; leaf < high; ++leaf) {
-                const Real* row = table + degree.rows[leaf] * call_.channels;
+            const std::int64_t start = table_.offsets[s], count = table_.degrees[s].count;
+            for (std::int64_t row = greater(first, start); row < lesser(last, start + count); ++row)
                 for (std::int64_t c = 0; c < call_.channels; c += strip) {
                     const std::int64_t here = lesser(strip, call_.channels - c);
-                    for (std::int64_t l = 0; l < here; ++l) place[c * degree.count + leaf * here + l] = row[c + l];
+                    Real* at = to + start * call_.channels + c * count + (row - start) * here;
+                    for (std::int64_t l = 0; l < here; ++l) at[l] = table[row * call_.channels + c + l];
                 }
-                if (from) sizes[table_.offsets[s] + leaf] = from[degree.rows[leaf]];
-            }
         }
     }
 
-    void read(const Memory& m, const Real* packed, const Real* sizes, std::int64_t at, std::int64_t count) const {
+    void read(const Memory& m, const Real* packed, std::int64_t at, std::int64_t count) const {
         const std::int64_t degrees = table_.degree + 1, used = pieces(count, pair);
+        const Real* sizes = static_cast<const Real*>(call_.sizes);
         clear(m.totals, call_.channels * block), clear(m.last, degrees * block), clear(m.sizes, degrees * block);
         for (std::int64_t s = 0; s < degrees; ++s)
             for (std::int64_t j = 0; j < block; ++j)
                 m.shares[s * block + j] = j >= count ? 0 : call_.shares ? call_.shares[(at + j) * degrees + s] : 1;
         for (std::int64_t p = 0; p < used; ++p)
-            columns(m, p).read(static_cast<const Real*>(call_.columns), table_.width, call_.tokens, at + p * pair,
-                               lesser(pair, count - p * pair));
+            columns(m, p).read(call_, at + p * pair, lesser(pair, count - p * pair), m.token);
         for (std::int64_t s = 0; s < degrees; ++s)
             for (std::int64_t first = 0; first < table_.degrees[s].count; first += group) {
                 const std::int64_t last = lesser(first + group, table_.degrees[s].count);
                 for (std::int64_t p = 0; p < used; ++p) {
-                    make(m, p, s, first, last, call_.sizes ? sizes + table_.offsets[s] : nullptr);
+                    make(m, p, s, first, last, sizes ? sizes + table_.offsets[s] : nullptr);
                     add(m, p, s, first, last, packed + table_.offsets[s] * call_.channels);
                 }
             }

@@ -36,7 +36,7 @@ public:
 
 private:
     struct Memory {
-        Real *columns, *products, *ones, *features, *values, *rest, *weights;
+        Real *columns, *products, *ones, *features, *values, *rest, *weights, *token;
     };
 
     Memory taken(Arena& arena) const {
@@ -48,6 +48,7 @@ private:
         m.values = arena.take<Real>(rounded(main_, column) * tokens);
         m.rest = arena.take<Real>((rest_ + 1) * pitch);
         m.weights = m.rest + rest_ * pitch;
+        m.token = arena.take<Real>(greater(table_.width, call_.channels));
         return m;
     }
 
@@ -64,7 +65,7 @@ private:
         Ancestors<Real> ancestors(m.columns, m.products, m.ones, pitch);
         for (std::int64_t at = 0; at < call_.tokens; at += tokens) {
             const std::int64_t count = lesser(tokens, call_.tokens - at), length = rounded(count, 2 * width);
-            ancestors.read(static_cast<const Real*>(call_.columns), table_.width, call_.tokens, at, count);
+            ancestors.read(call_, at, count, m.token);
             bool packed = false;
             for (std::int64_t s = 0; s <= table_.degree; ++s) {
                 const std::int64_t low = greater(first - table_.offsets[s], 0);
@@ -80,28 +81,18 @@ private:
 
     // values: [columns / column][token][column], rest: [column][token]; zeros behind the last token.
     void pack(const Memory& m, std::int64_t s, std::int64_t at, std::int64_t count, std::int64_t length) const {
-        for (std::int64_t j = 0; j < count; ++j) {
-            const std::int64_t row = (at + j) * call_.channels;
-            if (call_.shares) {
-                const double share = call_.shares[(at + j) * (table_.degree + 1) + s];
-                const double* from = static_cast<const double*>(call_.values) + row;
-                pack_row(m, j, length, [=](std::int64_t c) { return Real(from[c] * share); });
-            } else {
-                const Real* from = static_cast<const Real*>(call_.values) + row;
-                pack_row(m, j, length, [=](std::int64_t c) { return from[c]; });
-            }
+        for (std::int64_t j = 0; j < length; ++j) {
+            if (j < count)
+                read_values(call_, s, at + j, m.token);
+            else
+                clear(m.token, call_.channels);
+            std::int64_t c = 0;
+            for (; c + column <= main_; c += column)
+                for (int l = 0; l < column; ++l) m.values[c * length + j * column + l] = m.token[c + l];
+            for (std::int64_t l = 0; c + l < main_; ++l) m.values[c * length + j * (main_ - c) + l] = m.token[c + l];
+            for (std::int64_t l = 0; l < rest_; ++l) m.rest[l * pitch + j] = m.token[main_ + l];
+            m.weights[j] = m.token[call_.channels - 1];
         }
-        for (std::int64_t j = count; j < length; ++j) pack_row(m, j, length, [](std::int64_t) { return Real(0); });
-    }
-
-    template <class Value>
-    KORDER_INLINE void pack_row(const Memory& m, std::int64_t j, std::int64_t length, Value value) const {
-        std::int64_t c = 0;
-        for (; c + column <= main_; c += column)
-            for (int l = 0; l < column; ++l) m.values[c * length + j * column + l] = value(c + l);
-        for (std::int64_t l = 0; c + l < main_; ++l) m.values[c * length + j * (main_ - c) + l] = value(c + l);
-        for (std::int64_t l = 0; l < rest_; ++l) m.rest[l * pitch + j] = value(main_ + l);
-        m.weights[j] = value(call_.channels - 1);
     }
 
     void add_group(const Memory& m, Ancestors<Real>& ancestors, std::int64_t s, std::int64_t first, std::int64_t last,
@@ -112,7 +103,7 @@ private:
             const std::int32_t* path = degree.paths + leaf * s;
             if (s) ancestors.walk(path, leaf == start ? 1 : degree.levels[leaf], s, length);
             const Real* other = s ? ancestors.column(path[s - 1]) : m.ones;
-            make(m, s ? ancestors.product(s - 1) : m.ones, other, length, feature, degree.rows[leaf]);
+            make(m, s ? ancestors.product(s - 1) : m.ones, other, length, feature, table_.offsets[s] + leaf);
         }
         const std::int64_t whole = rounded(last - first, strip);
         for (std::int64_t i = last - first; i < whole; ++i) clear(m.features + i * pitch, length);
@@ -120,12 +111,12 @@ private:
             const Real* values = m.values + c * length;
             for (std::int64_t i = 0; i < last - first; i += strip) {
                 const std::int64_t count = lesser(strip, last - first - i);
-                const std::int32_t* rows = degree.rows + first + i;
+                double* sums = call_.sums + (table_.offsets[s] + first + i) * call_.channels + c;
                 if (c + column <= main_)
-                    add_tile<Shape::columns>(m.features + i * pitch, values, length, rows, count, c);
+                    add_tile<Shape::columns>(m.features + i * pitch, values, length, count, sums);
                 else
                     by_rows<Shape::columns>((main_ - c) / width, [&](auto vectors) {
-                        add_tile<vectors.value>(m.features + i * pitch, values, length, rows, count, c);
+                        add_tile<vectors.value>(m.features + i * pitch, values, length, count, sums);
                     });
             }
         }
@@ -158,7 +149,7 @@ private:
 
     template <int Vectors>
     __attribute__((noinline)) void add_tile(const Real* features, const Real* values, std::int64_t length,
-                                            const std::int32_t* rows, std::int64_t count, std::int64_t c) const {
+                                            std::int64_t count, double* to) const {
         Tile<Real, strip, Vectors> tile{};
         multiply(tile, features, 1, pitch, values, Vectors * width, length);
         Real part[strip][Vectors * width];
@@ -166,10 +157,8 @@ private:
         for (int r = 0; r < strip; ++r)
 #pragma GCC unroll 4
             for (int v = 0; v < Vectors; ++v) store(part[r] + v * width, tile.at[r][v]);
-        for (std::int64_t r = 0; r < count; ++r) {
-            double* to = call_.sums + rows[r] * call_.channels + c;
+        for (std::int64_t r = 0; r < count; ++r, to += call_.channels)
             for (int l = 0; l < Vectors * width; ++l) to[l] += double(part[r][l]);
-        }
     }
 
     const FeatureCall& call_;

@@ -22,12 +22,19 @@ public:
         return (table.width + table.degree + 2) * pitch;
     }
 
-    // Reads the block [first, first + count) of columns that are `tokens` long.
-    void read(const Real* from, std::int64_t width, std::int64_t tokens, std::int64_t first, std::int64_t count) {
-        for (std::int64_t l = 0; l < width; ++l) {
-            Real* to = columns_ + l * pitch_;
-            for (std::int64_t j = 0; j < count; ++j) to[j] = from[l * tokens + first + j];
-            clear(to + count, pitch_ - count);
+    // Reads the tokens [first, first + count) of a call; `scratch` holds a token.
+    void read(const FeatureCall& call, std::int64_t first, std::int64_t count, Real* scratch) {
+        const TokenColumns& from = call.columns;
+        const std::int64_t width = call.monomials->width;
+        for (std::int64_t j = 0; j < pitch_; ++j) {
+            if (j < count && (!from.open || from.open[first + j]))
+                read_row(from.number, from.rows, (first + j) * from.rows.row, width, scratch);
+            else
+                clear(scratch, width);
+            if (from.factors)
+                for (std::int64_t l = 0; l < width; ++l) columns_[l * pitch_ + j] = Real(double(scratch[l]) * from.factors[l]);
+            else
+                for (std::int64_t l = 0; l < width; ++l) columns_[l * pitch_ + j] = scratch[l];
         }
     }
 
@@ -54,6 +61,18 @@ private:
     std::int64_t pitch_;
     const Real* at_[most_degrees + 1];
 };
+
+// What goes with a token: (channels) numbers, in degree s each times the token's share of it.
+template <class Real>
+void read_values(const FeatureCall& call, std::int64_t s, std::int64_t token, Real* to) {
+    const TokenValues& from = call.values;
+    const std::int64_t read = call.channels - from.appends;
+    if (from.appends && call.columns.open && !call.columns.open[token]) return clear(to, call.channels);
+    double factor = from.weights ? from.weights[token] : 1.0;
+    if (call.shares) factor *= call.shares[token * (call.monomials->degree + 1) + s];
+    read_scaled(from.number, from.rows, token * from.rows.row, read, factor, to);
+    if (from.appends) to[read] = Real(factor);
+}
 
 template <int Rows>
 struct Count {

@@ -6,6 +6,7 @@
 #include "forward.hpp"
 #include "largest.hpp"
 #include "table.hpp"
+#include "token_facts.hpp"
 
 namespace korder::KORDER_ISA {
 namespace {
@@ -84,6 +85,6 @@ void exponential_of(bool wide, void* numbers, std::int64_t count) {
 
 extern const Table table;
 const Table table = {KORDER_TEXT(KORDER_ISA), KORDER_VECTOR_BYTES, forward_bytes, forward, backward_bytes,
-                     backward, features, largest, exponential_of};
+                     backward, features, column_facts, token_products, largest, exponential_of};
 
 }  // namespace korder::KORDER_ISA

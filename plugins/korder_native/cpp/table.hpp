@@ -22,6 +22,8 @@ struct Table {
     void (*backward)(const Call&, char* memory);
     // Without memory only says how much it would take.
     std::int64_t (*features)(const FeatureCall&, Work, char* memory);
+    void (*column_facts)(const FeatureCall&, const double* weights, double* peaks, double* totals, double* token);
+    void (*token_products)(const FeatureCall&, const double* factors, double* to, double* token);
     double (*largest)(const Call&, const Mode&, const Operand&, void* row);
     void (*exponential)(bool wide, void* numbers, std::int64_t count);
 };

@@ -55,13 +55,18 @@ class Monomials:
     """The monomials of the polynomial method, in the order in which the kernels walk them; see `cpp/monomials.hpp`."""
 
     def __init__(self, width: int, /) -> None: ...
-    def add(self, count: int, paths: int, levels: int, rows: int, /) -> None:
+    def add(self, count: int, paths: int, levels: int, /) -> None:
         """Add those of the next degree; the arrays of int32 at the addresses are copied."""
 
 class FeatureCall:
     """The sizes of a pass over the features of tokens; the threads are cut to what the work is worth."""
 
     def __init__(self, monomials: Monomials, wide: bool, threads: int, tokens: int, channels: int, /) -> None: ...
+    def set_columns(self, rows: View, number: int, factors: int | None, open: int | None, /) -> None:
+        """Say where tokens lie, their dtype, what each column is multiplied with, and which tokens are not zeros."""
+
+    def set_values(self, rows: View, number: int, appends: bool, weights: int | None, /) -> None:
+        """Say where values lie, their dtype, whether weights go behind them, and the weights, None for ones."""
 
 class Kernels:
     """The kernels of one instruction set."""
@@ -86,22 +91,12 @@ class Kernels:
     ) -> float:
         """Return the largest magnitude among rows that a mask leaves, NaN if there is one."""
 
-    def feature_sums(
-        self,
-        call: FeatureCall,
-        columns: int | None,
-        values: int | None,
-        shares: int | None,
-        sums: int | None,
-        absolute: int | None,
-        /,
-    ) -> None:
+    def feature_sums(self, call: FeatureCall, shares: int | None, sums: int | None, absolute: int | None, /) -> None:
         """Add the sums over tokens of features times values, and of absolute features times the last value."""
 
     def read_features(
         self,
         call: FeatureCall,
-        columns: int | None,
         entries: int | None,
         sizes: int | None,
         shares: int | None,
@@ -114,16 +109,15 @@ class Kernels:
         """Write features times a table; with powers over the last channel, and each degree's share of that."""
 
     def feature_gradient(
-        self,
-        call: FeatureCall,
-        columns: int | None,
-        values: int | None,
-        shares: int | None,
-        entries: int | None,
-        gradient: int | None,
-        /,
+        self, call: FeatureCall, shares: int | None, entries: int | None, gradient: int | None, /
     ) -> None:
         """Write the gradient of the columns, that of the features being a table times values."""
+
+    def column_facts(self, call: FeatureCall, weights: int | None, peaks: int | None, totals: int | None, /) -> None:
+        """Write each column's largest finite magnitude and weighted sum, over open tokens."""
+
+    def token_products(self, call: FeatureCall, factors: int | None, products: int | None, /) -> None:
+        """Write the sum of each token's columns, each times a factor."""
 
     def feature_bytes(self, call: FeatureCall, work: int, /) -> int:
         """Return the memory that a pass takes: 0 sums, 1 reading, 2 gradient."""

@@ -9,6 +9,7 @@ from typing import Any
 from korder.spi import ExactKernel, KernelOutput, OperandGradients, Operands, OutputGradients, Plan
 from korder_native import _native
 from korder_native.arrays import (
+    NUMBERS,
     address,
     cast,
     dense,
@@ -24,7 +25,6 @@ from korder_native.arrays import (
 
 Array = Any
 _KINDS = {"full": 0, "causal": 1, "window": 2, "ordered": 3}
-_NUMBERS = {"float32": 0, "float64": 1, "bfloat16": 2}
 _LIMITS = {"float32": 2.0**120, "float64": 2.0**1000}
 """Above it something could overflow on the way to a result that does not."""
 
@@ -174,7 +174,7 @@ class NativeExactKernel:
         problem, mask = self.problem, self.problem.spec.mask
         call = _native.Call()
         call.order, call.before = problem.order, self.modes[-1]
-        call.kind, call.number = _KINDS[mask.kind], _NUMBERS[problem.dtype]
+        call.kind, call.number = _KINDS[mask.kind], NUMBERS[problem.dtype]
         call.wide = problem.accumulation == "float64"
         call.threads = thread_count()
         call.batch, call.heads, call.groups = problem.batch, problem.heads, problem.groups
@@ -215,6 +215,6 @@ class NativeExactKernel:
         """Return the largest magnitude among the keys that a mask leaves, infinity if there is a NaN."""
         batch, heads, length, width = array.shape
         call = _native.Call()
-        call.batch, call.number = batch, _NUMBERS[self.problem.dtype]
+        call.batch, call.number = batch, NUMBERS[self.problem.dtype]
         found = self.kernels.largest(call, view(array), heads, length, width, closes, mask_view(mask))
         return inf if found != found else float(found)

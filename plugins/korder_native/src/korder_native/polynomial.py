@@ -10,7 +10,17 @@ import numpy as np
 
 from korder.spi import KernelOutput, OperandGradients, Operands, OutputGradients, Plan, PolynomialKernel
 from korder_native import _native
-from korder_native.arrays import address, dense, namespace, new, quietly, thread_count
+from korder_native.arrays import (
+    NUMBERS,
+    address,
+    dense,
+    namespace,
+    new,
+    plain_view,
+    quietly,
+    readable,
+    thread_count,
+)
 from korder_native.backend import wanted_isa
 
 Array = Any
@@ -55,28 +65,21 @@ class Passes(PolynomialKernel):
         self.kernels = _native.kernels(wanted_isa())
         self.monomials = _native.Monomials(self.table.width)
         for degree in range(self.table.degree + 1):
-            paths, levels, rows = self._walk(degree)
-            self.monomials.add(len(rows), *(x.ctypes.data for x in (paths, levels, rows)))
+            paths, levels = self._paths(degree)
+            self.monomials.add(len(levels), paths.ctypes.data, levels.ctypes.data)
         self.workspace_bytes = self._workspace()
 
-    def _walk(self, degree: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the monomials of a degree in the order of a walk through their tree; see `cpp/monomials.hpp`."""
-        first = self.table.offsets[degree]
-        if degree == 0:
-            return np.empty((1, 0), np.int32), np.ones(1, np.int32), np.zeros(1, np.int32)
-        place = np.arange(self.table.offsets[degree + 1] - first)
-        ancestors, columns = [], []
-        for step in range(degree, 0, -1):
-            above, variables = (np.asarray(x) for x in self.parents(step, "cpu"))
-            ancestors.append(place)
-            columns.append(variables[place])
+    def _paths(self, degree: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the columns of every monomial of a degree, and where they first differ; see `cpp/monomials.hpp`."""
+        place = np.arange(self.table.offsets[degree + 1] - self.table.offsets[degree])
+        paths, levels = np.empty((len(place), degree), np.int32), np.ones(len(place), np.int32)
+        for step in range(degree):
+            above, columns = (np.asarray(x) for x in self.parents(degree - step, "cpu"))
+            paths[:, step] = columns[place]
             place = above[place]
-        order = np.lexsort(ancestors)  # the last one, nearest to the root, decides first
-        path = np.stack(ancestors[::-1], axis=1)[order]
-        levels = np.ones(len(order), np.int32)
-        levels[1:] += np.argmax(path[1:] != path[:-1], axis=1).astype(np.int32)
-        paths = np.ascontiguousarray(np.stack(columns[::-1], axis=1)[order], np.int32)
-        return paths, levels, (first + order).astype(np.int32)
+        if degree:
+            levels[1:] += np.argmax(paths[1:] != paths[:-1], axis=1).astype(np.int32)
+        return paths, levels
 
     def _workspace(self) -> int:
         """Return the bytes beyond inputs and outputs of a forward, on as many threads as it would now."""
@@ -102,11 +105,70 @@ class Passes(PolynomialKernel):
         wide = self.problem.accumulation == "float64"
         return _native.FeatureCall(self.monomials, wide, thread_count(), tokens, self.problem.value_width + 1)
 
-    def add_keys(self, block: Any, weighted: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+    def _of_columns(self, columns: Array) -> tuple[Any, Any]:
+        """Return a call about columns (w, c) in the compute dtype, and what it points at."""
+        call, rows = self._call(columns.shape[1]), self.xp.permute_dims(columns, (1, 0))
+        call.set_columns(plain_view(rows), NUMBERS[self.problem.accumulation], None, None)
+        return call, rows
+
+    def _of_factor(self, factor: Any, tokens: tuple[int, int], scale: Array | None = None) -> tuple[Any, Any]:
+        """Return a call about a factor's columns over their scales (w,), and what it points at.
+
+        The kernels read a factor's own rows. Projected columns are made, and so are those with a scale of no inverse.
+        """
+        start, stop = tokens
+        inverse = None if scale is None else 1.0 / scale
+        call = self._call(stop - start)
+        projected = factor.projection.matrix is not None or factor.projection.widths
+        if projected or not (inverse is None or bool(self.xp.all(self.xp.isfinite(inverse)))):
+            columns = factor.columns(self.xp, start, stop)
+            rows = self.xp.permute_dims(columns if scale is None else self.normalise_columns(columns, scale), (1, 0))
+            call.set_columns(plain_view(rows), NUMBERS[self.problem.accumulation], None, None)
+            return call, rows
+        rows = readable(factor.rows[start:stop, :])
+        live = None if factor.live is None else dense(factor.live[start:stop])
+        call.set_columns(plain_view(rows), NUMBERS[self.problem.dtype], address(inverse), address(live))
+        return call, (rows, live, inverse)
+
+    def column_scales(self, plane: Any) -> Array:
+        """Return powers of two near the largest finite live entry of every column: (k + 1, w) float64."""
+        keys = [self._column_facts(key)[0] for key in plane.keys]
+        queries = [self._column_facts(query)[0] for query in plane.queries]
+        largest = self.xp.max(self.xp.stack(queries, axis=0), axis=0)
+        return self.scales_of(self.xp.stack([largest, *keys], axis=0))
+
+    def centres(self, operands: Operands) -> Array:
+        """Return the centre of every row's scores: (b, h, n) float64."""
+        if self.polynomial.coefficients != "taylor" or self.problem.spec.mask.kind != "full":
+            return super().centres(operands)
+        rows = (self.problem.batch, self.problem.heads, self.problem.queries)
+        found = new(operands.query, rows, "float64")
+        for plane in self.planes(operands):
+            mean = self.problem.scale
+            for key in plane.keys:
+                _, totals, weight = self._column_facts(key)
+                mean = mean * totals / (weight or 1.0)
+            for head, query in zip(plane.heads, plane.queries, strict=True):
+                call, _kept = self._of_factor(query, (0, query.length))
+                self.kernels.token_products(call, *map(address, (mean, found[plane.batch, head, ...])))
+        return found
+
+    def _column_facts(self, factor: Any) -> tuple[Array, Array, float]:
+        """Return the peaks and weighted totals of a factor's columns (w,), and the sum of its weights."""
+        call, _kept = self._of_factor(factor, (0, factor.length))
+        weights = None if factor.weights is None else dense(factor.weights)
+        peaks, totals = (new(factor.rows, (self.table.width,), "float64") for _ in range(2))
+        self.kernels.column_facts(call, *map(address, (weights, peaks, totals)))
+        return peaks, totals, float(factor.length if weights is None else weights.sum())
+
+    def add_keys(self, plane: Any, mode: int, scales: Array, tokens: tuple[int, int], state: Any) -> Any:
         """Add a block of keys to the sums, in place."""
-        columns, weighted = dense(block.columns), dense(weighted)
-        operands = map(address, (columns, weighted, None, *state))
-        self.kernels.feature_sums(self._call(columns.shape[1]), *operands)
+        key, (start, stop) = plane.keys[mode], tokens
+        call, _kept = self._of_factor(key, tokens, scales[mode + 1, ...])
+        values = readable(plane.values[mode][start:stop, :])
+        weights = None if key.weights is None else dense(key.weights[start:stop])
+        call.set_values(plain_view(values), NUMBERS[self.problem.dtype], True, address(weights))
+        self.kernels.feature_sums(call, None, *map(address, state))
         return state
 
     def read_table(self, states: list[tuple[Array, Array]], scales: Array) -> Any:
@@ -115,15 +177,17 @@ class Passes(PolynomialKernel):
         values, sizes = self.laid_out(table.values), self.laid_out(table.absolute)
         return Laid(values, sizes, table.factors, table.absolute_factors)
 
-    def finish_block(self, block: Any, table: Any, centre: Array, live: Array) -> Any:
+    def finish_block(
+        self, query: Any, scale: Array, tokens: tuple[int, int], table: Any, rows: tuple[Array, Array]
+    ) -> Any:
         """Return what a block of rows comes to; every degree's share of the sums is taken inside the kernel."""
-        columns, live = dense(block.columns), dense(live)
-        tokens, degrees = columns.shape[1], self.table.degree + 1
+        centre, live, count, degrees = rows[0], dense(rows[1]), tokens[1] - tokens[0], self.table.degree + 1
+        call, _kept = self._of_factor(query, tokens, scale)
         shares = self._stacked(self.shares(centre), table.factors)
-        sums = new(columns, (tokens, self.problem.value_width + 1), "float64")
-        powers, sizes = (new(columns, (tokens, degrees), "float64") for _ in range(2))
-        operands = map(address, (columns, table.values, table.sizes, shares, live, sums, powers, sizes))
-        self.kernels.read_features(self._call(tokens), *operands)
+        sums = new(query.rows, (count, self.problem.value_width + 1), "float64")
+        powers, sizes = (new(query.rows, (count, degrees), "float64") for _ in range(2))
+        operands = map(address, (table.values, table.sizes, shares, live, sums, powers, sizes))
+        self.kernels.read_features(call, *operands)
         found = (
             sums[:, -1],
             [powers[:, s] * factor for s, factor in enumerate(table.factors)],
@@ -141,10 +205,10 @@ class Passes(PolynomialKernel):
 
     def collect(self, block: Any, shares: list[Array], gradient: Array, sums: Array) -> None:
         """Add a block's features times each row's gradient and its share of every degree, in place."""
-        columns, gradient = dense(block.columns), dense(gradient)
-        spread = self._stacked(shares, [self.scale_sign**s for s in range(len(shares))])
-        operands = map(address, (columns, gradient, spread, sums, None))
-        self.kernels.feature_sums(self._call(columns.shape[1]), *operands)
+        call, _kept = self._of_columns(block.columns)
+        spread, gradient = self._stacked(shares, [self.scale_sign**s for s in range(len(shares))]), dense(gradient)
+        call.set_values(plain_view(gradient), NUMBERS["float64"], False, None)
+        self.kernels.feature_sums(call, address(spread), address(sums), None)
 
     def joined(self, sums: Array) -> Array:
         """Return collected sums (r, e + 1)."""
@@ -156,19 +220,19 @@ class Passes(PolynomialKernel):
 
     def columns_gradient(self, block: Any, table: Any, values: Array, shares: list[Array] | None = None) -> Array:
         """Return the gradient of the columns (w, c), that of the features being table @ values."""
-        columns, values = dense(block.columns), dense(values)
-        spread = None if shares is None else self._stacked(shares, [1.0] * len(shares))
-        gradient = new(columns, columns.shape, self.problem.accumulation)
-        operands = map(address, (columns, values, spread, table, gradient))
-        self.kernels.feature_gradient(self._call(columns.shape[1]), *operands)
+        call, _kept = self._of_columns(block.columns)
+        spread, values = None if shares is None else self._stacked(shares, [1.0] * len(shares)), dense(values)
+        number = NUMBERS[self.problem.accumulation if shares is None else "float64"]
+        call.set_values(plain_view(values), number, False, None)
+        gradient = new(values, block.columns.shape, self.problem.accumulation)
+        self.kernels.feature_gradient(call, *map(address, (spread, table, gradient)))
         return gradient
 
     def read_sums(self, block: Any, table: Any) -> Array:
         """Return features times a table: (c, e + 1) float64."""
-        columns = dense(block.columns)
-        sums = new(columns, (columns.shape[1], table.shape[1]), "float64")
-        operands = map(address, (columns, table, None, None, None, sums, None, None))
-        self.kernels.read_features(self._call(columns.shape[1]), *operands)
+        call, _kept = self._of_columns(block.columns)
+        sums = new(table, (block.columns.shape[1], table.shape[1]), "float64")
+        self.kernels.read_features(call, *map(address, (table, None, None, None, sums, None, None)))
         return sums
 
     def collector(self, place: Any, trailing: tuple[int, ...] = (), dtype: Any = None) -> Any:
