@@ -5,14 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from korder.methods.readings import (
-    FinishedRows,
-    Reading,
-    ReadTable,
-    centred_coefficients,
-    finish_powers,
-    finish_rows,
-)
+from korder.methods.readings import FinishedRows, Reading, ReadTable, finish_rows
 
 if TYPE_CHECKING:
     from korder.methods.factors import Factor, Plane
@@ -68,16 +61,6 @@ class BlockPasses:
         """Return what a block of rows comes to, given their centres (c,) and whether they are live (c,)."""
         block = FeatureBlock(self, self.scaled(query, scale, *tokens))
         return finish_rows(self.xp, self.polynomial.values, self.read(block, table), *rows)
-
-    def shares(self, centre: Array) -> list[Array]:
-        """Return what each power of the score is multiplied with in rows of these centres (c,), one (c,) per degree."""
-        return centred_coefficients(self.polynomial.values, -centre)
-
-    def finish_powers(
-        self, found: tuple[Array, list[Array], list[Array]], centre: Array, live: Array
-    ) -> tuple[Array, Array, Array]:
-        """Return what `finish_rows` does but for the output, given means (c,) of polynomial, powers, absolute terms."""
-        return finish_powers(self.xp, self.polynomial.values, found, centre, live)
 
     def read(self, block: FeatureBlock, table: ReadTable) -> Reading:
         """Return the means of the score's powers at a block of rows."""

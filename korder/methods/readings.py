@@ -138,22 +138,12 @@ def finish_rows(xp: Any, values: tuple[float, ...], reading: Reading, centre: Ar
     mean = total[:, -1]
     safe = xp.where(live, mean, xp.ones_like(mean))
     output = xp.where(live[:, None], total[:, :-1] / safe[:, None], xp.zeros_like(total[:, :-1]))
-    powers = [x[:, -1] for x in reading.sums]
-    return output, *finish_powers(xp, values, (mean, powers, reading.absolute), centre, live)
-
-
-def finish_powers(
-    xp: Any, values: tuple[float, ...], found: tuple[Array, list[Array], list[Array]], centre: Array, live: Array
-) -> tuple[Array, Array, Array]:
-    """Return mean polynomial, moments and magnitude, given the mean and the means of the powers and absolute terms."""
-    mean, powers, sizes = found
-    moments = centred_powers(powers, -centre)
-    absolute = centred_powers(sizes, xp.abs(centre))
+    moments = centred_powers([x[:, -1] for x in reading.sums], -centre)
+    absolute = centred_powers(reading.absolute, xp.abs(centre))
+    magnitude = sum_arrays([abs(c) * x for c, x in zip(values, absolute, strict=True)]) / safe
     zero = xp.zeros_like(mean)
-    magnitude = sum_arrays([abs(c) * x for c, x in zip(values, absolute, strict=True)])
-    magnitude = magnitude / xp.where(live, mean, xp.ones_like(mean))
     stacked = xp.stack([xp.where(live, x, zero) for x in moments], axis=1)
-    return xp.where(live, mean, zero), stacked, xp.where(live, magnitude, zero)
+    return output, xp.where(live, mean, zero), stacked, xp.where(live, magnitude, zero)
 
 
 def _powers(x: Array, degree: int) -> list[Array]:

@@ -24,6 +24,7 @@ namespace {
 using korder::Call;
 using korder::Degree;
 using korder::FeatureCall;
+using korder::Finish;
 using korder::Matrix;
 using korder::Mode;
 using korder::Monomials;
@@ -206,14 +207,10 @@ NB_MODULE(_native, m) {
                  run_features(table, call, Work::sums);
              })
         .def("read_features",
-             [](const Table& table, FeatureCall call, Address entries, const MaybeAddress& sizes,
-                const MaybeAddress& shares, const MaybeAddress& live, Address sums, const MaybeAddress& powers,
-                const MaybeAddress& absolute) {
-                 call.table = at(entries), call.sizes = at(sizes), call.shares = at<double>(shares);
-                 call.live = at<std::uint8_t>(live), call.sums = at<double>(sums), call.powers = at<double>(powers);
-                 call.absolute = at<double>(absolute);
+             [](const Table& table, FeatureCall call, Address entries, Address sums, const Finish* finish) {
+                 call.table = at(entries), call.sums = at<double>(sums), call.finish = finish;
                  run_features(table, call, Work::reading);
-             })
+             }, nb::arg(), nb::arg(), nb::arg(), nb::arg().none())
         .def("feature_gradient",
              [](const Table& table, FeatureCall call, const MaybeAddress& shares, Address entries, Address gradient) {
                  call.shares = at<double>(shares), call.table = at(entries), call.gradient = at(gradient);
@@ -243,6 +240,12 @@ NB_MODULE(_native, m) {
     nb::class_<OwnedMonomials>(m, "Monomials")
         .def(nb::init<std::int64_t>())
         .def("add", &OwnedMonomials::add);
+    nb::class_<Finish>(m, "Finish")
+        .def("__init__", [](Finish* finish, Address coefficients, Address factors, Address sizes, Address size_factors,
+                            Address centres, Address live, Address moments, Address magnitude) {
+            new (finish) Finish{at<double>(coefficients), at<double>(factors), at(sizes), at<double>(size_factors),
+                                at<double>(centres), at<std::uint8_t>(live), at<double>(moments), at<double>(magnitude)};
+        });
     nb::class_<FeatureCall>(m, "FeatureCall")
         .def("__init__",
              [](FeatureCall* call, const OwnedMonomials& monomials, bool wide, int threads, std::int64_t tokens,

@@ -1,8 +1,10 @@
 // What tokens read of a table with one row for each feature: for every degree the features times the table, each token's
-// share of them, and the sum over degrees. Threads share the tokens.
+// share of them, and the sum over degrees. The share is what the power has in the polynomial of the token's centred score.
+// Threads share the tokens.
 #pragma once
 
 #include "arena.hpp"
+#include "centred.hpp"
 #include "features.hpp"
 #include "product.hpp"
 
@@ -88,11 +90,11 @@ private:
 
     void read(const Memory& m, const Real* packed, std::int64_t at, std::int64_t count) const {
         const std::int64_t degrees = table_.degree + 1, used = pieces(count, pair);
-        const Real* sizes = static_cast<const Real*>(call_.sizes);
+        const Real* sizes = call_.finish ? static_cast<const Real*>(call_.finish->sizes) : nullptr;
         clear(m.totals, call_.channels * block), clear(m.last, degrees * block), clear(m.sizes, degrees * block);
-        for (std::int64_t s = 0; s < degrees; ++s)
-            for (std::int64_t j = 0; j < block; ++j)
-                m.shares[s * block + j] = j >= count ? 0 : call_.shares ? call_.shares[(at + j) * degrees + s] : 1;
+        clear(m.shares, degrees * block, call_.finish ? 0.0 : 1.0);
+        for (std::int64_t j = 0; call_.finish && j < count; ++j)
+            centred_shares(*call_.finish, table_.degree, call_.finish->centres[at + j], m.shares + j, block);
         for (std::int64_t p = 0; p < used; ++p)
             columns(m, p).read(call_, at + p * pair, lesser(pair, count - p * pair), m.token);
         for (std::int64_t s = 0; s < degrees; ++s)
@@ -162,21 +164,24 @@ private:
         }
     }
 
-    // Writes a block: with powers, every channel over the last one, 0 in dead rows; without, the sums themselves.
+    // Writes a block: the sums, or every channel over the last one and that, zeros in dead rows.
     void finish(const Memory& m, std::int64_t at, std::int64_t count) const {
         const std::int64_t degrees = table_.degree + 1, last = call_.channels - 1;
         for (std::int64_t j = 0; j < count; ++j) {
             double* to = call_.sums + (at + j) * call_.channels;
-            const bool dead = call_.live && !call_.live[at + j];
-            for (std::int64_t c = 0; c < last; ++c) {
-                const double sum = m.totals[c * block + j];
-                to[c] = dead ? 0.0 : call_.powers ? sum / m.totals[last * block + j] : sum;
-            }
-            to[last] = m.totals[last * block + j];
-            for (std::int64_t s = 0; call_.powers && s < degrees; ++s) {
-                call_.powers[(at + j) * degrees + s] = m.last[s * block + j];
-                call_.absolute[(at + j) * degrees + s] = m.sizes[s * block + j];
-            }
+            const Finish* finish = call_.finish;
+            const bool dead = finish && !finish->live[at + j];
+            const double mean = m.totals[last * block + j];
+            for (std::int64_t c = 0; c < last; ++c)
+                to[c] = dead ? 0.0 : finish ? m.totals[c * block + j] / mean : m.totals[c * block + j];
+            to[last] = dead ? 0.0 : mean;
+            if (!finish) continue;
+            double *moments = finish->moments + (at + j) * degrees, *magnitude = finish->magnitude + at + j;
+            if (dead)
+                clear(moments, degrees), *magnitude = 0.0;
+            else
+                *magnitude = centred_moments(*finish, table_.degree, finish->centres[at + j], m.last + j, m.sizes + j, block,
+                                             moments) / mean;
         }
     }
 

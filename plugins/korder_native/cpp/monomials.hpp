@@ -35,6 +35,18 @@ struct TokenValues {
     const double* weights = nullptr;  // (tokens); null where all are 1
 };
 
+// What rows read becomes the mean of the polynomial of their centred score, and what certificates want beside it.
+struct Finish {
+    const double* coefficients = nullptr;  // (degree + 1), of the powers of the centred score
+    const double* factors = nullptr;       // (degree + 1), what each degree of the table is to be multiplied with
+    const void* sizes = nullptr;           // (count), in the dtype of the sums: what the absolute features read
+    const double* size_factors = nullptr;  // (degree + 1), the same for these
+    const double* centres = nullptr;       // (tokens)
+    const std::uint8_t* live = nullptr;    // (tokens)
+    double* moments = nullptr;             // (tokens, degree + 1), written: means of the powers of the centred score
+    double* magnitude = nullptr;           // (tokens), written: the absolute terms over the mean
+};
+
 // `channels` are the numbers that go with a token. Tables are in the dtype of the sums: double if the call is wide.
 struct FeatureCall {
     const Monomials* monomials = nullptr;
@@ -43,13 +55,11 @@ struct FeatureCall {
     std::int64_t tokens = 0, channels = 0;
     TokenColumns columns;
     TokenValues values;
-    const double* shares = nullptr;      // (tokens, degree + 1): what each degree of a token's values is multiplied with
-    const void* table = nullptr;         // (count, channels): what tokens read
-    const void* sizes = nullptr;         // (count): what the absolute features read
-    const std::uint8_t* live = nullptr;  // (tokens), of those that read; null where all are
-    double* sums = nullptr;              // (count, channels), added to; reading: (tokens, channels), written
-    double* absolute = nullptr;          // (count), added to; reading: (tokens, degree + 1), written
-    double* powers = nullptr;            // reading: (tokens, degree + 1), the last channel of every degree by itself
+    const double* shares = nullptr;  // (tokens, degree + 1): what each degree of a token's values is multiplied with
+    const void* table = nullptr;     // (count, channels): what tokens read
+    double* sums = nullptr;          // (count, channels), added to; reading: (tokens, channels), written
+    double* absolute = nullptr;      // (count), added to
+    const Finish* finish = nullptr;  // reading: how sums become means of the polynomial; null to write sums
     void* gradient = nullptr;            // (width, tokens), in the dtype of the sums
 };
 

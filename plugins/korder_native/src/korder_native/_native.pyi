@@ -58,6 +58,22 @@ class Monomials:
     def add(self, count: int, paths: int, levels: int, /) -> None:
         """Add those of the next degree; the arrays of int32 at the addresses are copied."""
 
+class Finish:
+    """How what rows read becomes means of a polynomial: addresses of what stands in `cpp/monomials.hpp`."""
+
+    def __init__(
+        self,
+        coefficients: int | None,
+        factors: int | None,
+        sizes: int | None,
+        size_factors: int | None,
+        centres: int | None,
+        live: int | None,
+        moments: int | None,
+        magnitude: int | None,
+        /,
+    ) -> None: ...
+
 class FeatureCall:
     """The sizes of a pass over the features of tokens; the threads are cut to what the work is worth."""
 
@@ -94,19 +110,8 @@ class Kernels:
     def feature_sums(self, call: FeatureCall, shares: int | None, sums: int | None, absolute: int | None, /) -> None:
         """Add the sums over tokens of features times values, and of absolute features times the last value."""
 
-    def read_features(
-        self,
-        call: FeatureCall,
-        entries: int | None,
-        sizes: int | None,
-        shares: int | None,
-        live: int | None,
-        sums: int | None,
-        powers: int | None,
-        absolute: int | None,
-        /,
-    ) -> None:
-        """Write features times a table; with powers over the last channel, and each degree's share of that."""
+    def read_features(self, call: FeatureCall, entries: int | None, sums: int | None, finish: Finish | None, /) -> None:
+        """Write features times a table; finished, the means of the polynomial and what certificates want."""
 
     def feature_gradient(
         self, call: FeatureCall, shares: int | None, entries: int | None, gradient: int | None, /

@@ -31,15 +31,16 @@ _SUMS, _READING, _GRADIENT = range(3)
 
 @dataclass(frozen=True, slots=True)
 class Laid:
-    """What rows are read against: entries of at most 1 without gaps, and what each degree of them is multiplied with.
+    """What rows are read against, without gaps, and what each degree of it is multiplied with.
 
-    Shapes:  values (r, e + 1) and sizes (r, 1) in the compute dtype; factors and size_factors 0-d float64.
+    Shapes:  values (r, e + 1) and sizes (r, 1) in the compute dtype; the others (degree + 1,) float64.
     """
 
     values: Array
     sizes: Array
-    factors: list[Array]
-    size_factors: list[Array]
+    coefficients: Array
+    factors: Array
+    size_factors: Array
 
 
 class PreallocatedRows:
@@ -174,26 +175,23 @@ class Passes(PolynomialKernel):
     def read_table(self, states: list[tuple[Array, Array]], scales: Array) -> Any:
         """Return the table that the key states make together."""
         table = super().read_table(states, scales)
-        values, sizes = self.laid_out(table.values), self.laid_out(table.absolute)
-        return Laid(values, sizes, table.factors, table.absolute_factors)
+        coefficients = np.asarray(self.polynomial.values, np.float64)
+        factors, size_factors = (dense(self.xp.stack(x, axis=0)) for x in (table.factors, table.absolute_factors))
+        return Laid(self.laid_out(table.values), self.laid_out(table.absolute), coefficients, factors, size_factors)
 
     def finish_block(
         self, query: Any, scale: Array, tokens: tuple[int, int], table: Any, rows: tuple[Array, Array]
     ) -> Any:
         """Return what a block of rows comes to; every degree's share of the sums is taken inside the kernel."""
-        centre, live, count, degrees = rows[0], dense(rows[1]), tokens[1] - tokens[0], self.table.degree + 1
+        centre, live = (dense(x) for x in rows)
+        count = tokens[1] - tokens[0]
         call, _kept = self._of_factor(query, tokens, scale)
-        shares = self._stacked(self.shares(centre), table.factors)
         sums = new(query.rows, (count, self.problem.value_width + 1), "float64")
-        powers, sizes = (new(query.rows, (count, degrees), "float64") for _ in range(2))
-        operands = map(address, (table.values, table.sizes, shares, live, sums, powers, sizes))
-        self.kernels.read_features(call, *operands)
-        found = (
-            sums[:, -1],
-            [powers[:, s] * factor for s, factor in enumerate(table.factors)],
-            [sizes[:, s] * factor for s, factor in enumerate(table.size_factors)],
-        )
-        return sums[:, :-1], *self.finish_powers(found, centre, live)
+        moments, magnitude = (new(query.rows, shape, "float64") for shape in ((count, self.table.degree + 1), (count,)))
+        constants = (table.coefficients, table.factors, table.sizes, table.size_factors)
+        finish = _native.Finish(*map(address, (*constants, centre, live, moments, magnitude)))
+        self.kernels.read_features(call, address(table.values), address(sums), finish)
+        return sums[:, :-1], sums[:, -1], moments, magnitude
 
     def _stacked(self, shares: list[Array], factors: list[Any]) -> Array:
         """Return shares times factors (c, degree + 1)."""
@@ -232,7 +230,7 @@ class Passes(PolynomialKernel):
         """Return features times a table: (c, e + 1) float64."""
         call, _kept = self._of_columns(block.columns)
         sums = new(table, (block.columns.shape[1], table.shape[1]), "float64")
-        self.kernels.read_features(call, *map(address, (table, None, None, None, sums, None, None)))
+        self.kernels.read_features(call, address(table), address(sums), None)
         return sums
 
     def collector(self, place: Any, trailing: tuple[int, ...] = (), dtype: Any = None) -> Any:
