@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from array_api_compat import device
@@ -43,6 +43,9 @@ from korder.planning.polynomial import forward_workspace
 from korder.spi.backend import StateKernel
 from korder.spi.operands import KernelOutput, OperandGradients, Operands, OutputGradients
 from korder.spi.progress import PROGRESS
+
+if TYPE_CHECKING:
+    from korder.methods.running import Pace
 
 Array = Any
 
@@ -127,6 +130,12 @@ class PolynomialKernel(BlockPasses, RunningArrays):
     def planes(self, operands: Operands, maxima: Array | None = None) -> Iterator[Plane]:
         """Yield the planes of the problem; see `factors.planes`."""
         return planes(self.xp, self.problem, operands, maxima)
+
+    def pace(self, operands: Operands, scales: Array) -> Pace:
+        """Return what stays fixed while the rows of a plane are walked; for masks other than the full one."""
+        from korder.methods.running import Pace
+
+        return Pace.of(self, operands, scales)
 
     def residual_shapes(self, operands: Operands) -> dict[str, tuple[tuple[int, ...], str]]:
         """Return shape and dtype of everything that forward returns beside the output, residuals included."""

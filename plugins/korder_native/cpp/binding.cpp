@@ -29,6 +29,7 @@ using korder::Matrix;
 using korder::Mode;
 using korder::Monomials;
 using korder::Number;
+using korder::RunningCall;
 using korder::Table;
 using korder::Work;
 using Address = std::uintptr_t;
@@ -211,6 +212,14 @@ NB_MODULE(_native, m) {
                  call.table = at(entries), call.sums = at<double>(sums), call.finish = finish;
                  run_features(table, call, Work::reading);
              }, nb::arg(), nb::arg(), nb::arg(), nb::arg().none())
+        .def("read_running",
+             [](const Table& table, RunningCall call, Address sums, const Finish& finish) {
+                 call.rows.sums = at<double>(sums), call.rows.finish = &finish;
+                 nb::gil_scoped_release unlocked;
+                 const auto memory = memory_of(table.running(call, nullptr));
+                 table.running(call, memory.get());
+             })
+        .def("running_bytes", [](const Table& table, const RunningCall& call) { return table.running(call, nullptr); })
         .def("feature_gradient",
              [](const Table& table, FeatureCall call, const MaybeAddress& shares, Address entries, Address gradient) {
                  call.shares = at<double>(shares), call.table = at(entries), call.gradient = at(gradient);
@@ -260,6 +269,18 @@ NB_MODULE(_native, m) {
              [](FeatureCall& call, const View& rows, int number, bool appends, const MaybeAddress& weights) {
                  call.values = {matrix_of(rows), Number(number), appends, at<double>(weights)};
              });
+
+    nb::class_<RunningCall>(m, "RunningCall")
+        .def("__init__",
+             [](RunningCall* call, const FeatureCall& rows, const MaybeAddress& weights) {
+                 new (call) RunningCall();
+                 call->rows = rows, call->weights = at(weights);
+             }, nb::keep_alive<1, 2>())
+        .def("add_mode", [](RunningCall& call, const FeatureCall& keys, std::int64_t first, const MaybeAddress& sums,
+                            const MaybeAddress& absolute) {
+            if (call.order == korder::max_order) throw nb::value_error("too many modes");
+            call.modes[call.order++] = {keys.columns, keys.values, first, keys.tokens, at<double>(sums), at<double>(absolute)};
+        });
 
     m.def("kernels", &table_of, nb::rv_policy::reference);
     m.def("known_names", [] {

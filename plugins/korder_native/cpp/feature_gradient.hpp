@@ -65,7 +65,7 @@ private:
         const std::int64_t used = pieces(count, pair);
         clear(m.totals, block * table_.width);
         for (std::int64_t p = 0; p < used; ++p)
-            columns(m, p).read(call_, at + p * pair, lesser(pair, count - p * pair), m.token);
+            columns(m, p).read(call_.columns, table_.width, call_.tokens, at + p * pair, pair, m.token);
         for (std::int64_t s = 1; s <= table_.degree; ++s) {
             if (s == 1 || call_.shares)
                 for (std::int64_t p = 0; p < used; ++p) read_values(m, p, s, at, count);

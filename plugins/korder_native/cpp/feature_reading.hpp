@@ -96,7 +96,7 @@ private:
         for (std::int64_t j = 0; call_.finish && j < count; ++j)
             centred_shares(*call_.finish, table_.degree, call_.finish->centres[at + j], m.shares + j, block);
         for (std::int64_t p = 0; p < used; ++p)
-            columns(m, p).read(call_, at + p * pair, lesser(pair, count - p * pair), m.token);
+            columns(m, p).read(call_.columns, table_.width, call_.tokens, at + p * pair, pair, m.token);
         for (std::int64_t s = 0; s < degrees; ++s)
             for (std::int64_t first = 0; first < table_.degrees[s].count; first += group) {
                 const std::int64_t last = lesser(first + group, table_.degrees[s].count);

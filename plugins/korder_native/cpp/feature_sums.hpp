@@ -65,7 +65,7 @@ private:
         Ancestors<Real> ancestors(m.columns, m.products, m.ones, pitch);
         for (std::int64_t at = 0; at < call_.tokens; at += tokens) {
             const std::int64_t count = lesser(tokens, call_.tokens - at), length = rounded(count, 2 * width);
-            ancestors.read(call_, at, count, m.token);
+            ancestors.read(call_.columns, table_.width, call_.tokens, at, count, m.token);
             bool packed = false;
             for (std::int64_t s = 0; s <= table_.degree; ++s) {
                 const std::int64_t low = greater(first - table_.offsets[s], 0);

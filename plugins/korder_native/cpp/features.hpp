@@ -22,13 +22,14 @@ public:
         return (table.width + table.degree + 2) * pitch;
     }
 
-    // Reads the tokens [first, first + count) of a call; `scratch` holds a token.
-    void read(const FeatureCall& call, std::int64_t first, std::int64_t count, Real* scratch) {
-        const TokenColumns& from = call.columns;
-        const std::int64_t width = call.monomials->width;
+    // Reads the tokens [first, first + count), those outside [0, length) as zeros; `scratch` holds a token.
+    void read(const TokenColumns& from, std::int64_t width, std::int64_t length, std::int64_t first, std::int64_t count,
+              Real* scratch) {
         for (std::int64_t j = 0; j < pitch_; ++j) {
-            if (j < count && (!from.open || from.open[first + j]))
-                read_row(from.number, from.rows, (first + j) * from.rows.row, width, scratch);
+            const std::int64_t token = first + j;
+            const bool there = j < count && token >= 0 && token < length && (!from.open || from.open[token]);
+            if (there)
+                read_row(from.number, from.rows, token * from.rows.row, width, scratch);
             else
                 clear(scratch, width);
             if (from.factors)
@@ -62,16 +63,22 @@ private:
     const Real* at_[most_degrees + 1];
 };
 
-// What goes with a token: (channels) numbers, in degree s each times the token's share of it.
+// What goes with a token: (channels) numbers, each times a factor; zeros with a closed one.
 template <class Real>
-void read_values(const FeatureCall& call, std::int64_t s, std::int64_t token, Real* to) {
-    const TokenValues& from = call.values;
-    const std::int64_t read = call.channels - from.appends;
-    if (from.appends && call.columns.open && !call.columns.open[token]) return clear(to, call.channels);
-    double factor = from.weights ? from.weights[token] : 1.0;
-    if (call.shares) factor *= call.shares[token * (call.monomials->degree + 1) + s];
+void read_values(const TokenValues& from, const std::uint8_t* open, std::int64_t channels, std::int64_t token, double factor,
+                 Real* to) {
+    const std::int64_t read = channels - from.appends;
+    if (from.appends && open && !open[token]) return clear(to, channels);
+    if (from.weights) factor *= from.weights[token];
     read_scaled(from.number, from.rows, token * from.rows.row, read, factor, to);
     if (from.appends) to[read] = Real(factor);
+}
+
+// The same for a token of a call, with its share of degree s.
+template <class Real>
+KORDER_INLINE void read_values(const FeatureCall& call, std::int64_t s, std::int64_t token, Real* to) {
+    const double share = call.shares ? call.shares[token * (call.monomials->degree + 1) + s] : 1.0;
+    read_values(call.values, call.columns.open, call.channels, token, share, to);
 }
 
 template <int Rows>

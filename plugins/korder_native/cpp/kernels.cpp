@@ -2,6 +2,7 @@
 #include "backward.hpp"
 #include "feature_gradient.hpp"
 #include "feature_reading.hpp"
+#include "feature_running.hpp"
 #include "feature_sums.hpp"
 #include "forward.hpp"
 #include "largest.hpp"
@@ -51,6 +52,14 @@ std::int64_t features(const FeatureCall& call, Work work, char* memory) {
     return call.wide ? features_in<double>(call, work, memory) : features_in<float>(call, work, memory);
 }
 
+std::int64_t running(const RunningCall& call, char* memory) {
+    const auto run = [memory](const auto& kernel) {
+        if (memory) kernel.run(memory);
+        return kernel.bytes();
+    };
+    return call.rows.wide ? run(FeatureRunning<double>(call)) : run(FeatureRunning<float>(call));
+}
+
 double largest(const Call& call, const Mode& mode, const Operand& x, void* row) {
     if (call.number == Number::float64)
         return largest_in_rows<double, std::uint64_t>(call, mode, x.rows, x.heads, x.length, x.width, x.closes,
@@ -85,6 +94,6 @@ void exponential_of(bool wide, void* numbers, std::int64_t count) {
 
 extern const Table table;
 const Table table = {KORDER_TEXT(KORDER_ISA), KORDER_VECTOR_BYTES, forward_bytes, forward, backward_bytes,
-                     backward, features, column_facts, token_products, largest, exponential_of};
+                     backward, features, running, column_facts, token_products, largest, exponential_of};
 
 }  // namespace korder::KORDER_ISA

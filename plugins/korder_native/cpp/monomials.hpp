@@ -63,6 +63,23 @@ struct FeatureCall {
     void* gradient = nullptr;            // (width, tokens), in the dtype of the sums
 };
 
+// One mode of keys that come into sight row by row, and their sums over those that came before.
+struct RunningKeys {
+    TokenColumns columns;
+    TokenValues values;
+    std::int64_t first = 0, length = 0;  // the key that the first row brings, and how many keys there are
+    double* sums = nullptr;              // (count, channels), brought up to the last row
+    double* absolute = nullptr;          // (count), the same
+};
+
+// Rows that read products of running sums; the call's tokens are the rows.
+struct RunningCall {
+    FeatureCall rows;
+    int order = 0;
+    RunningKeys modes[max_order];
+    const void* weights = nullptr;  // (count), in the dtype of the sums: what each feature of a row is multiplied with
+};
+
 // What is done with the features of all tokens: summed with values, multiplied with a table, or differentiated.
 enum class Work : int { sums, reading, gradient };
 

@@ -20,8 +20,9 @@ struct Table {
     void (*forward)(const Call&, char* memory);
     std::int64_t (*backward_bytes)(const Call&);
     void (*backward)(const Call&, char* memory);
-    // Without memory only says how much it would take.
+    // Without memory these only say how much they would take.
     std::int64_t (*features)(const FeatureCall&, Work, char* memory);
+    std::int64_t (*running)(const RunningCall&, char* memory);
     void (*column_facts)(const FeatureCall&, const double* weights, double* peaks, double* totals, double* token);
     void (*token_products)(const FeatureCall&, const double* factors, double* to, double* token);
     double (*largest)(const Call&, const Mode&, const Operand&, void* row);

@@ -84,6 +84,13 @@ class FeatureCall:
     def set_values(self, rows: View, number: int, appends: bool, weights: int | None, /) -> None:
         """Say where values lie, their dtype, whether weights go behind them, and the weights, None for ones."""
 
+class RunningCall:
+    """Rows, each of which reads the sums over the keys up to its own; what they are multiplied with, by feature."""
+
+    def __init__(self, rows: FeatureCall, weights: int | None, /) -> None: ...
+    def add_mode(self, keys: FeatureCall, first: int, sums: int | None, absolute: int | None, /) -> None:
+        """Add the keys of a mode, the one that comes with the first row, and the sums over those before."""
+
 class Kernels:
     """The kernels of one instruction set."""
 
@@ -112,6 +119,12 @@ class Kernels:
 
     def read_features(self, call: FeatureCall, entries: int | None, sums: int | None, finish: Finish | None, /) -> None:
         """Write features times a table; finished, the means of the polynomial and what certificates want."""
+
+    def read_running(self, call: RunningCall, sums: int | None, finish: Finish, /) -> None:
+        """Write the means of rows, and bring the sums of every mode up to the last row."""
+
+    def running_bytes(self, call: RunningCall, /) -> int:
+        """Return the memory that it takes."""
 
     def feature_gradient(
         self, call: FeatureCall, shares: int | None, entries: int | None, gradient: int | None, /

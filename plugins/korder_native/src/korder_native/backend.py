@@ -16,13 +16,13 @@ _EXACT = MethodSupport(
 )
 _POLYNOMIAL = MethodSupport(
     "polynomial",
-    masks=frozenset({"full"}),
+    masks=frozenset({"full", "causal"}),
     biases=frozenset({"key"}),
     weights=frozenset({"cp", "full"}),
     key_masks=True,
     backward=True,
     closed_form=frozenset({"full"}),
-    pruned=frozenset({"full"}),
+    pruned=frozenset({"full", "causal"}),
 )
 
 

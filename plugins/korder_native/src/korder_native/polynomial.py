@@ -26,6 +26,8 @@ from korder_native.backend import wanted_isa
 Array = Any
 BLOCK = 4096
 """Tokens that go through the kernels together, whatever smaller blocks the plan has for kernels that keep features."""
+RUNNING_BLOCK = 1024
+"""Rows under a causal mask that the kernels see together."""
 _SUMS, _READING, _GRADIENT = range(3)
 
 
@@ -112,7 +114,7 @@ class Passes(PolynomialKernel):
         call.set_columns(plain_view(rows), NUMBERS[self.problem.accumulation], None, None)
         return call, rows
 
-    def _of_factor(self, factor: Any, tokens: tuple[int, int], scale: Array | None = None) -> tuple[Any, Any]:
+    def of_factor(self, factor: Any, tokens: tuple[int, int], scale: Array | None = None) -> tuple[Any, Any]:
         """Return a call about a factor's columns over their scales (w,), and what it points at.
 
         The kernels read a factor's own rows. Projected columns are made, and so are those with a scale of no inverse.
@@ -150,13 +152,13 @@ class Passes(PolynomialKernel):
                 _, totals, weight = self._column_facts(key)
                 mean = mean * totals / (weight or 1.0)
             for head, query in zip(plane.heads, plane.queries, strict=True):
-                call, _kept = self._of_factor(query, (0, query.length))
+                call, _kept = self.of_factor(query, (0, query.length))
                 self.kernels.token_products(call, *map(address, (mean, found[plane.batch, head, ...])))
         return found
 
     def _column_facts(self, factor: Any) -> tuple[Array, Array, float]:
         """Return the peaks and weighted totals of a factor's columns (w,), and the sum of its weights."""
-        call, _kept = self._of_factor(factor, (0, factor.length))
+        call, _kept = self.of_factor(factor, (0, factor.length))
         weights = None if factor.weights is None else dense(factor.weights)
         peaks, totals = (new(factor.rows, (self.table.width,), "float64") for _ in range(2))
         self.kernels.column_facts(call, *map(address, (weights, peaks, totals)))
@@ -164,13 +166,19 @@ class Passes(PolynomialKernel):
 
     def add_keys(self, plane: Any, mode: int, scales: Array, tokens: tuple[int, int], state: Any) -> Any:
         """Add a block of keys to the sums, in place."""
-        key, (start, stop) = plane.keys[mode], tokens
-        call, _kept = self._of_factor(key, tokens, scales[mode + 1, ...])
-        values = readable(plane.values[mode][start:stop, :])
-        weights = None if key.weights is None else dense(key.weights[start:stop])
-        call.set_values(plain_view(values), NUMBERS[self.problem.dtype], True, address(weights))
+        weights = plane.keys[mode].weights
+        call, _kept = self.of_keys(plane, mode, scales, tokens, None if weights is None else weights[slice(*tokens)])
         self.kernels.feature_sums(call, None, *map(address, state))
         return state
+
+    def of_keys(
+        self, plane: Any, mode: int, scales: Array, tokens: tuple[int, int], weights: Array | None
+    ) -> tuple[Any, Any]:
+        """Return a call about keys and their values times weights (c,), these behind them, and what it points at."""
+        call, kept = self.of_factor(plane.keys[mode], tokens, scales[mode + 1, ...])
+        values, weights = readable(plane.values[mode][slice(*tokens), :]), None if weights is None else dense(weights)
+        call.set_values(plain_view(values), NUMBERS[self.problem.dtype], True, address(weights))
+        return call, (kept, values, weights)
 
     def read_table(self, states: list[tuple[Array, Array]], scales: Array) -> Any:
         """Return the table that the key states make together."""
@@ -183,15 +191,43 @@ class Passes(PolynomialKernel):
         self, query: Any, scale: Array, tokens: tuple[int, int], table: Any, rows: tuple[Array, Array]
     ) -> Any:
         """Return what a block of rows comes to; every degree's share of the sums is taken inside the kernel."""
-        centre, live = (dense(x) for x in rows)
-        count = tokens[1] - tokens[0]
-        call, _kept = self._of_factor(query, tokens, scale)
-        sums = new(query.rows, (count, self.problem.value_width + 1), "float64")
-        moments, magnitude = (new(query.rows, shape, "float64") for shape in ((count, self.table.degree + 1), (count,)))
-        constants = (table.coefficients, table.factors, table.sizes, table.size_factors)
-        finish = _native.Finish(*map(address, (*constants, centre, live, moments, magnitude)))
+        call, _kept = self.of_factor(query, tokens, scale)
+        finish, (sums, moments, magnitude, *_read) = self.finishing(table, rows, query.rows)
         self.kernels.read_features(call, address(table.values), address(sums), finish)
         return sums[:, :-1], sums[:, -1], moments, magnitude
+
+    def finished_blocks(
+        self, operands: Operands, plane: Any, scales: Array, of_rows: Any, states: list[Array], progress: Any
+    ) -> Iterator[Any]:
+        """Yield (head, first row, what the rows come to) for blocks of rows; puts key states into `states`."""
+        if self.problem.spec.mask.kind == "full":
+            yield from super().finished_blocks(operands, plane, scales, of_rows, states, progress)
+            return
+        walk = Walk(self, operands, plane, scales)
+        for start in range(0, self.problem.queries, RUNNING_BLOCK):
+            stop = min(start + RUNNING_BLOCK, self.problem.queries)
+            counts = walk.counts(start, stop)
+            for place, head in enumerate(plane.heads):
+                at = (plane.batch, head, slice(start, stop))
+                last = place == len(plane.heads) - 1
+                output, *means, magnitude = walk.read(place, start, stop, [x[at] for x in of_rows], last=last)
+                mean, moments = (x / counts.reshape((-1, *(1,) * (x.ndim - 1))) for x in means)
+                yield head, start, (output, mean, moments, magnitude)
+            progress.advance((stop - start) * (len(plane.heads) + self.problem.order))
+        states += walk.sums
+
+    def finishing(self, table: Laid, rows: Any, like: Array) -> tuple[Any, tuple[Array, ...]]:
+        """Return what finishes rows of these centres that are live or not, and what it writes, the sums first.
+
+        Shapes:  sums (c, e + 1), moments (c, degree + 1), magnitude (c,).
+        """
+        centre, live = (dense(x) for x in rows)
+        count, degrees = centre.shape[0], self.table.degree + 1
+        shapes = ((count, self.problem.value_width + 1), (count, degrees), (count,))
+        written = tuple(new(like, shape, "float64") for shape in shapes)
+        constants = (table.coefficients, table.factors, table.sizes, table.size_factors)
+        finish = _native.Finish(*map(address, (*constants, centre, live, *written[1:])))
+        return finish, (*written, centre, live)
 
     def _stacked(self, shares: list[Array], factors: list[Any]) -> Array:
         """Return shares times factors (c, degree + 1)."""
@@ -237,6 +273,59 @@ class Passes(PolynomialKernel):
         """Return a preallocated array to write rows into."""
         shape = (self.problem.batch, self.problem.heads, self.problem.queries, *trailing)
         return PreallocatedRows(self.xp.empty(shape, dtype=dtype or self.xp.float64))
+
+
+class Walk:
+    """The rows of a plane under a causal mask in order, and the sums of the modes over the keys that came so far."""
+
+    def __init__(self, passes: Passes, operands: Operands, plane: Any, scales: Array) -> None:
+        xp, problem = passes.xp, passes.problem
+        self.passes, self.plane, self.scales = passes, plane, scales
+        self.pace = passes.pace(operands, scales)
+        like, shape = operands.query, (passes.table.features, problem.value_width + 1)
+        self.sums = [new(like, shape, "float64", zeros=True) for _ in range(problem.order)]
+        self.absolute = [new(like, shape[:1], "float64", zeros=True) for _ in range(problem.order)]
+        self.weights, self.totals = [], []
+        for key, shrink in zip(plane.keys, self.pace.shrinks, strict=True):
+            weights = xp.ones(key.length, dtype=xp.float64) if key.weights is None else key.weights
+            self.weights.append(weights * shrink)
+            first = xp.zeros(1, dtype=xp.float64)
+            self.totals.append(xp.concat([first, xp.cumulative_sum(self.weights[-1], axis=0)], axis=0))
+        factors = dense(xp.stack(self.pace.factors, axis=0))
+        coefficients = np.asarray(passes.polynomial.values, np.float64)
+        self.table = Laid(None, passes.laid_out(self.pace.weights), coefficients, factors, xp.abs(factors))
+        for mode, shift in enumerate(self.pace.shifts):
+            for start, stop in passes.blocks(min(max(shift, 0), plane.keys[mode].length)):
+                call, _kept = self._keys(mode, start, stop)
+                passes.kernels.feature_sums(call, None, *map(address, (self.sums[mode], self.absolute[mode])))
+
+    def _keys(self, mode: int, start: int, stop: int) -> tuple[Any, Any]:
+        weights = self.weights[mode][start:stop]
+        return self.passes.of_keys(self.plane, mode, self.scales, (start, stop), weights)
+
+    def counts(self, start: int, stop: int) -> Array:
+        """Return the product of the sums of weights that rows see, ones in place of zeros: (c,) float64."""
+        product = 1.0
+        for totals, shift in zip(self.totals, self.pace.shifts, strict=True):
+            seen = np.clip(np.arange(start, stop) + (shift + 1), 0, totals.shape[0] - 1)
+            product = product * totals[seen]
+        return self.passes.xp.where(product == 0.0, 1.0, product)
+
+    def read(self, place: int, start: int, stop: int, rows: Any, *, last: bool) -> tuple[Array, Array, Array, Array]:
+        """Return what rows of one of the plane's heads come to but for `counts`; the last head moves the sums on."""
+        passes, query = self.passes, self.plane.queries[place]
+        of_rows, kept = passes.of_factor(query, (start, stop), self.scales[0, ...])
+        call, kept = _native.RunningCall(of_rows, address(self.table.sizes)), [kept]
+        for mode, shift in enumerate(self.pace.shifts):
+            length = self.plane.keys[mode].length
+            low, high = (min(max(row + shift, 0), length) for row in (start, stop))
+            keys, held = self._keys(mode, low, high)
+            sums = [x[mode] if last else passes.xp.asarray(x[mode], copy=True) for x in (self.sums, self.absolute)]
+            call.add_mode(keys, start + shift - low, *map(address, sums))
+            kept += [keys, held, sums]
+        finish, (found, moments, magnitude, *_read) = passes.finishing(self.table, rows, query.rows)
+        passes.kernels.read_running(call, address(found), finish)
+        return found[:, :-1], found[:, -1], moments, magnitude
 
 
 class NativePolynomialKernel:
