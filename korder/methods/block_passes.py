@@ -5,7 +5,11 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from korder.methods.readings import FinishedRows, Reading, ReadTable, finish_rows
+import numpy as np
+from array_api_compat import device
+
+from korder.methods.features import parents
+from korder.methods.readings import FinishedRows, Reading, ReadTable, centred_coefficients, finish_rows
 
 if TYPE_CHECKING:
     from korder.methods.factors import Factor, Plane
@@ -45,8 +49,7 @@ class BlockPasses:
     scaled: Any
     product: Any
     adjoint: Any
-    absolute_sums: Any
-    absolute_read: Any
+    constants: Any
 
     def add_keys(self, plane: Plane, mode: int, scales: Array, tokens: tuple[int, int], state: State) -> State:
         """Return the state of a mode with a block of keys added; scales (k + 1, w)."""
@@ -61,6 +64,10 @@ class BlockPasses:
         """Return what a block of rows comes to, given their centres (c,) and whether they are live (c,)."""
         block = FeatureBlock(self, self.scaled(query, scale, *tokens))
         return finish_rows(self.xp, self.polynomial.values, self.read(block, table), *rows)
+
+    def shares(self, centre: Array) -> list[Array]:
+        """Return the coefficients of the score's powers in rows of these centres (c,): one (c,) for each degree."""
+        return centred_coefficients(self.polynomial.values, -centre)
 
     def read(self, block: FeatureBlock, table: ReadTable) -> Reading:
         """Return the means of the score's powers at a block of rows."""
@@ -118,3 +125,51 @@ class BlockPasses:
             rows = self.xp.permute_dims(block.features[self.table.rows(s), :], (1, 0))
             total = self.product(rows, entries, total)
         return total
+
+    def absolute_sums(self, columns: Array, features: Array, weights: Array, total: Array | None = None) -> Array:
+        """Return total (r, 1) + the sums over tokens of |features| (r, c) times weights (c, 1), as `product` does.
+
+        Those of the highest degree are products of |columns| with |features| of one degree less, so that no absolute
+        value of the many highest ones is ever taken.
+        """
+        xp, degree = self.xp, self.table.degree
+        if degree == 0:
+            return self.product(xp.abs(features), weights, total)
+        lower = xp.abs(features[: self.table.offsets[degree], :])
+        pairs = self.product(lower[self.table.rows(degree - 1), :], xp.permute_dims(xp.abs(columns), (1, 0)) * weights)
+        highest = xp.take(xp.reshape(pairs, (-1,)), self._indices(device(pairs))[0], axis=0)
+        found = xp.concat([self.product(lower, weights), highest[:, None]], axis=0)
+        return found if total is None else total + found
+
+    def absolute_read(self, columns: Array, features: Array, table: list[Array]) -> list[Array]:
+        """Return, per degree, the sums over features of |features| (r_s, c) times table[s] (r_s, 1): (c,) float64.
+
+        Those of the highest degree as in `absolute_sums`.
+        """
+        xp, degree = self.xp, self.table.degree
+        lower = xp.abs(features[: self.table.offsets[max(degree, 1)], :])
+        rows = [xp.permute_dims(lower[self.table.rows(s), :], (1, 0)) for s in range(max(degree, 1))]
+        found = [self.product(part, entries)[:, 0] for part, entries in zip(rows, table, strict=False)]
+        if degree == 0:
+            return found
+        entries = xp.concat([table[degree][:, 0], xp.zeros_like(table[degree][:1, 0])], axis=0)
+        pairs = xp.reshape(xp.take(entries, self._indices(device(entries))[1], axis=0), (rows[-1].shape[1], -1))
+        spread = self.product(rows[-1], pairs)
+        return [*found, xp.sum(spread * xp.permute_dims(xp.abs(columns), (1, 0)), axis=1)]
+
+    def _indices(self, where: Any) -> tuple[Array, Array]:
+        """Return, in pairs (parent, variable), where each monomial of the highest degree is; and its inverse.
+
+        A pair that is no monomial, because its variables are not in order, has the index after the last monomial.
+        """
+
+        def make() -> tuple[np.ndarray, np.ndarray]:
+            above, variables = parents(self.table, self.table.degree)
+            pairs = above * self.table.width + variables
+            lower = self.table.rows(self.table.degree - 1)
+            inverse = np.full((lower.stop - lower.start) * self.table.width, len(pairs))
+            inverse[pairs] = np.arange(len(pairs))
+            return pairs, inverse
+
+        first, inverse = self.constants("pairs", where, make)
+        return first, inverse

@@ -12,7 +12,7 @@ from array_api_compat import device
 
 from korder.methods.block_passes import FeatureBlock
 from korder.methods.factors import Factor, Plane, planes
-from korder.methods.readings import centred_coefficients, nonzero, prod_arrays
+from korder.methods.readings import nonzero, prod_arrays
 from korder.methods.sight import live_rows
 from korder.planning.polynomial import feature_count
 from korder.problem import Problem
@@ -281,9 +281,8 @@ def _query_backward(
             columns = widest.normalise_columns(query.projection.apply(xp, raw), scales[0, ...])
             block = FeatureBlock(widest, columns)
             gradient = rows.block(plane.batch, head, start, stop)
-            shift = -centre[plane.batch, head, start:stop]
             for kernel, sums in zip(kernels, collected, strict=True):
-                shares = centred_coefficients(kernel.polynomial.values, shift)
+                shares = kernel.shares(centre[plane.batch, head, start:stop])
                 kernel.collect(block, shares, gradient, sums)
             shares = [share * factor for share, factor in zip(shares, table.factors, strict=True)]
             adjoint = widest.columns_gradient(block, entries, gradient, shares)

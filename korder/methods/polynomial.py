@@ -45,6 +45,7 @@ from korder.spi.operands import KernelOutput, OperandGradients, Operands, Output
 from korder.spi.progress import PROGRESS
 
 if TYPE_CHECKING:
+    from korder.methods.feature_gradients import RowGradients
     from korder.methods.running import Pace
 
 Array = Any
@@ -136,6 +137,12 @@ class PolynomialKernel(BlockPasses, RunningArrays):
         from korder.methods.running import Pace
 
         return Pace.of(self, operands, scales)
+
+    def way_back(self, plane: Plane, pace: Pace, statistics: tuple[Array, Array, Array], rows: RowGradients) -> Any:
+        """Return what walks rows backwards under a causal mask: `running_gradients.CausalWalk`, or one like it."""
+        from korder.methods.running_gradients import CausalWalk
+
+        return CausalWalk(self, plane, pace, statistics, rows)
 
     def residual_shapes(self, operands: Operands) -> dict[str, tuple[tuple[int, ...], str]]:
         """Return shape and dtype of everything that forward returns beside the output, residuals included."""
@@ -329,62 +336,16 @@ class PolynomialKernel(BlockPasses, RunningArrays):
             total = part if total is None else total + part
         return total
 
-    def absolute_sums(self, columns: Array, features: Array, weights: Array, total: Array | None = None) -> Array:
-        """Return total (r, 1) + the sums over tokens of |features| (r, c) times weights (c, 1), as `product` does.
-
-        Those of the highest degree are products of |columns| with |features| of one degree less, so that no absolute
-        value of the many highest ones is ever taken.
-        """
-        xp, degree = self.xp, self.table.degree
-        if degree == 0:
-            return self.product(xp.abs(features), weights, total)
-        lower = xp.abs(features[: self.table.offsets[degree], :])
-        pairs = self.product(lower[self.table.rows(degree - 1), :], xp.permute_dims(xp.abs(columns), (1, 0)) * weights)
-        highest = xp.take(xp.reshape(pairs, (-1,)), self._indices(device(pairs))[0], axis=0)
-        found = xp.concat([self.product(lower, weights), highest[:, None]], axis=0)
-        return found if total is None else total + found
-
-    def absolute_read(self, columns: Array, features: Array, table: list[Array]) -> list[Array]:
-        """Return, per degree, the sums over features of |features| (r_s, c) times table[s] (r_s, 1): (c,) float64.
-
-        Those of the highest degree as in `absolute_sums`.
-        """
-        xp, degree = self.xp, self.table.degree
-        lower = xp.abs(features[: self.table.offsets[max(degree, 1)], :])
-        rows = [xp.permute_dims(lower[self.table.rows(s), :], (1, 0)) for s in range(max(degree, 1))]
-        found = [self.product(part, entries)[:, 0] for part, entries in zip(rows, table, strict=False)]
-        if degree == 0:
-            return found
-        entries = xp.concat([table[degree][:, 0], xp.zeros_like(table[degree][:1, 0])], axis=0)
-        pairs = xp.reshape(xp.take(entries, self._indices(device(entries))[1], axis=0), (rows[-1].shape[1], -1))
-        spread = self.product(rows[-1], pairs)
-        return [*found, xp.sum(spread * xp.permute_dims(xp.abs(columns), (1, 0)), axis=1)]
-
-    def _indices(self, where: Any) -> tuple[Array, Array]:
-        """Return, in pairs (parent, variable), where each monomial of the highest degree is; and its inverse.
-
-        A pair that is no monomial, because its variables are not in order, has the index after the last monomial.
-        """
-
-        def make() -> tuple[np.ndarray, np.ndarray]:
-            above, variables = parents(self.table, self.table.degree)
-            pairs = above * self.table.width + variables
-            lower = self.table.rows(self.table.degree - 1)
-            inverse = np.full((lower.stop - lower.start) * self.table.width, len(pairs))
-            inverse[pairs] = np.arange(len(pairs))
-            return pairs, inverse
-
-        return self._constants("pairs", where, make)
-
     def parents(self, degree: int, where: Any) -> tuple[Array, Array]:
         """Return `features.parents` of a degree as arrays of a device; made once."""
-        return self._constants(degree, where, lambda: parents(self.table, degree))
+        return self.constants(degree, where, lambda: parents(self.table, degree))
 
     def index(self, positions: np.ndarray, where: Any) -> Array:
         """Return positions of the table as an array of a device; made once."""
-        return self._constants(("positions", id(positions)), where, lambda: (positions,))[0]
+        return self.constants(("positions", id(positions)), where, lambda: (positions,))[0]
 
-    def _constants(self, name: Any, where: Any, make: Callable[[], tuple[np.ndarray, ...]]) -> tuple[Array, ...]:
+    def constants(self, name: Any, where: Any, make: Callable[[], tuple[np.ndarray, ...]]) -> tuple[Array, ...]:
+        """Return arrays of a device, made once for a name."""
         key = (name, where)
         if key not in self._index:
             self._index[key] = tuple(self.xp.asarray(x.copy(), device=where) for x in make())

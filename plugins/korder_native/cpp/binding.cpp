@@ -219,6 +219,19 @@ NB_MODULE(_native, m) {
                  const auto memory = memory_of(table.running(call, nullptr));
                  table.running(call, memory.get());
              })
+        .def("running_back",
+             [](const Table& table, const RunningCall& call, Address gradient, Address shares,
+                const std::vector<Address>& flows, const std::vector<Address>& of_columns,
+                const std::vector<Address>& of_values) {
+                 korder::RunningBack back;
+                 back.call = call, back.gradient = at<double>(gradient), back.shares = at<double>(shares);
+                 for (int t = 0; t < call.order; ++t)
+                     back.flows[t] = at<double>(flows.at(t)), back.of_values[t] = at<double>(of_values.at(t));
+                 for (int t = 0; t <= call.order; ++t) back.of_columns[t] = at(of_columns.at(t));
+                 nb::gil_scoped_release unlocked;
+                 const auto memory = memory_of(table.running_back(back, nullptr));
+                 table.running_back(back, memory.get());
+             })
         .def("running_bytes", [](const Table& table, const RunningCall& call) { return table.running(call, nullptr); })
         .def("feature_gradient",
              [](const Table& table, FeatureCall call, const MaybeAddress& shares, Address entries, Address gradient) {

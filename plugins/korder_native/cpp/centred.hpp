@@ -43,4 +43,20 @@ inline double centred_moments(const Finish& finish, std::int64_t degree, double 
     return magnitude;
 }
 
+// Writes a row, given its sums over features, `step` apart, in every channel, and by degree in the last one and of absolute
+// terms: every channel over the last one, that itself, moments and magnitude; zeros in a dead row.
+inline void finish_row(const Finish& finish, std::int64_t degree, std::int64_t channels, std::int64_t row, const double* totals,
+                       const double* last, const double* sizes, std::int64_t step, double* sums) {
+    double *to = sums + row * channels, *moments = finish.moments + row * (degree + 1);
+    if (!finish.live[row]) {
+        clear(to, channels), clear(moments, degree + 1);
+        finish.magnitude[row] = 0.0;
+        return;
+    }
+    const double mean = totals[(channels - 1) * step];
+    for (std::int64_t c = 0; c + 1 < channels; ++c) to[c] = totals[c * step] / mean;
+    to[channels - 1] = mean;
+    finish.magnitude[row] = centred_moments(finish, degree, finish.centres[row], last, sizes, step, moments) / mean;
+}
+
 }  // namespace korder::KORDER_ISA

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "arena.hpp"
-#include "features.hpp"
+#include "path_gradients.hpp"
 #include "product.hpp"
 
 namespace korder::KORDER_ISA {
@@ -125,42 +125,14 @@ private:
     // Sends the gradients of the features [first, last) of degree s on to the columns along the paths.
     __attribute__((noinline)) void go_back(const Memory& m, std::int64_t p, std::int64_t s, std::int64_t first,
                                            std::int64_t last) const {
-        const Degree& degree = table_.degrees[s];
-        Ancestors<Real> ancestors = columns(m, p);
+        Ancestors<Real> walk = columns(m, p);
+        PathGradients<Real, pair> paths(m.of_columns, m.of_products);
         clear(m.of_columns, table_.width * pair);
-        const std::int32_t* open = nullptr;  // the path whose products wait for what their children send
-        for (std::int64_t leaf = first; leaf < last; ++leaf) {
-            const std::int32_t* path = degree.paths + leaf * s;
-            const std::int64_t from = open ? degree.levels[leaf] : 1;
-            if (open) close(m, ancestors, open, from, s);
-            ancestors.walk(path, from, s, pair);
-            clear(m.of_products + from * pair, (s - from) * pair);
-            send(ancestors, m.of_features + (leaf - first) * pair, path[s - 1], s, m);
-            open = path;
-        }
-        close(m, ancestors, open, 1, s);
+        for (std::int64_t leaf = first; leaf < last; ++leaf)
+            paths.take(walk, table_.degrees[s], s, leaf, m.of_features + (leaf - first) * pair);
+        paths.finish(walk, s);
         double* totals = m.totals + p * table_.width * pair;
         for (std::int64_t i = 0; i < table_.width * pair; ++i) totals[i] += double(m.of_columns[i]);
-    }
-
-    // Sends on what the products of a path have, from the last but one down to step `from`.
-    KORDER_INLINE void close(const Memory& m, const Ancestors<Real>& ancestors, const std::int32_t* path,
-                             std::int64_t from, std::int64_t s) const {
-        for (std::int64_t step = s - 1; step >= from; --step)
-            send(ancestors, m.of_products + step * pair, path[step - 1], step, m);
-    }
-
-    // The gradient of a product of `step` columns goes to the last of them and to the product of the others.
-    KORDER_INLINE void send(const Ancestors<Real>& ancestors, const Real* gradient, std::int32_t l, std::int64_t step,
-                            const Memory& m) const {
-        Real *column = m.of_columns + l * pair, *parent = m.of_products + (step - 1) * pair;
-        const Real *factor = ancestors.column(l), *product = ancestors.product(step - 1);
-#pragma GCC unroll 8
-        for (int v = 0; v < twins * Shape::keys; ++v) {
-            const vec<Real> one = load(gradient + v * width);
-            store(column + v * width, load(column + v * width) + one * load(product + v * width));
-            if (step > 1) store(parent + v * width, load(parent + v * width) + one * load(factor + v * width));
-        }
     }
 
     const FeatureCall& call_;

@@ -164,24 +164,16 @@ private:
         }
     }
 
-    // Writes a block: the sums, or every channel over the last one and that, zeros in dead rows.
+    // Writes a block: finished rows, or the sums themselves.
     void finish(const Memory& m, std::int64_t at, std::int64_t count) const {
-        const std::int64_t degrees = table_.degree + 1, last = call_.channels - 1;
         for (std::int64_t j = 0; j < count; ++j) {
+            if (call_.finish) {
+                finish_row(*call_.finish, table_.degree, call_.channels, at + j, m.totals + j, m.last + j, m.sizes + j, block,
+                           call_.sums);
+                continue;
+            }
             double* to = call_.sums + (at + j) * call_.channels;
-            const Finish* finish = call_.finish;
-            const bool dead = finish && !finish->live[at + j];
-            const double mean = m.totals[last * block + j];
-            for (std::int64_t c = 0; c < last; ++c)
-                to[c] = dead ? 0.0 : finish ? m.totals[c * block + j] / mean : m.totals[c * block + j];
-            to[last] = dead ? 0.0 : mean;
-            if (!finish) continue;
-            double *moments = finish->moments + (at + j) * degrees, *magnitude = finish->magnitude + at + j;
-            if (dead)
-                clear(moments, degrees), *magnitude = 0.0;
-            else
-                *magnitude = centred_moments(*finish, table_.degree, finish->centres[at + j], m.last + j, m.sizes + j, block,
-                                             moments) / mean;
+            for (std::int64_t c = 0; c < call_.channels; ++c) to[c] = m.totals[c * block + j];
         }
     }
 

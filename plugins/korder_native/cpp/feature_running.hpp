@@ -3,22 +3,21 @@
 // go by, and are never stored for a row. Threads share the features, and then the rows that their parts are added up for.
 #pragma once
 
-#include "arena.hpp"
 #include "centred.hpp"
-#include "features.hpp"
+#include "running_features.hpp"
 
 namespace korder::KORDER_ISA {
 
 template <class Real>
 class FeatureRunning {
     static constexpr int width = Vector<Real>::width;
-    static constexpr std::int64_t chunk = 128;  // rows whose own keys are summed in Real before they join the double sums
-    static constexpr std::int64_t pitch = chunk + 64 / sizeof(Real);
-    static constexpr std::int64_t group = 8, most = 256;  // features made at once, and summed in Real
+    static constexpr std::int64_t chunk = 64;  // rows whose own keys are summed in Real before they join the double sums
+    static constexpr std::int64_t sets = 2, group = sets * width, most = 256;  // features together, and summed in Real
+    static_assert(chunk % width == 0 && most % group == 0);
+    using Features = RunningFeatures<Real, chunk>;
 
 public:
-    explicit FeatureRunning(const RunningCall& call)
-        : call_(call), rows_(call.rows), table_(*call.rows.monomials), columns_(pieces(rows_.channels, width)) {}
+    explicit FeatureRunning(const RunningCall& call) : call_(call), rows_(call.rows), table_(*call.rows.monomials) {}
 
     std::int64_t bytes() const { return rows_.threads * thread_bytes(); }
 
@@ -26,10 +25,11 @@ public:
 #pragma omp parallel num_threads(rows_.threads)
         {
             const int thread = omp_get_thread_num(), count = omp_get_num_threads();
-            const Memory m = taken(memory, thread);
+            Arena arena(memory + thread * thread_bytes());
+            Memory m = take(arena);
             const std::int64_t first = table_.count * thread / count, last = table_.count * (thread + 1) / count;
-            clear(m.totals, rows_.tokens * columns_ * width);
-            clear(m.last, rows_.tokens * degrees()), clear(m.sizes, rows_.tokens * degrees());
+            clear(m.part.totals, rows_.channels * padded());
+            clear(m.part.last, degrees() * padded()), clear(m.part.sizes, degrees() * padded());
             for (std::int64_t at = 0; at < rows_.tokens && first < last; at += chunk)
                 pass(m, first, last, at, lesser(chunk, rows_.tokens - at));
 #pragma omp barrier
@@ -38,40 +38,37 @@ public:
     }
 
 private:
+    struct Parts {
+        double *totals, *last, *sizes;  // [channel or degree][row]
+    };
+
     struct Memory {
-        Real *columns[max_order + 1], *products[max_order + 1], *features[max_order + 1];  // the rows' own stand last
-        Real *values[max_order], *weights[max_order];  // [channels / width][row][width]; [row]
-        Real *ones, *sums, *absolute, *token;          // sums as the values, absolute [row]
-        double *totals, *last, *sizes, *shares;        // [row][channel]; [row][degree]; shares [degree][row of a chunk]
+        Parts part;
+        double* shares;                 // [degree][row of a chunk]
+        Real* values[max_order];        // [channel][row]
+        Real *sums, *absolute, *token;  // [channel][row][feature], [row][feature]
+        Features features[max_order + 1];  // those of the rows stand behind those of the modes
     };
 
     std::int64_t degrees() const { return table_.degree + 1; }
+    std::int64_t padded() const { return rounded(rows_.tokens, chunk); }
 
-    Memory taken(char* memory, int thread) const {
-        Arena arena(memory ? memory + thread * thread_bytes() : nullptr);
-        return take(arena);
+    Parts take_parts(Arena& arena) const {
+        return {arena.take<double>(rows_.channels * padded()), arena.take<double>(degrees() * padded()),
+                arena.take<double>(degrees() * padded())};
     }
 
     Memory take(Arena& arena) const {
-        Memory m = {};
-        for (int t = 0; t <= call_.order; ++t) {
-            m.columns[t] = arena.take<Real>(table_.width * pitch);
-            m.products[t] = arena.take<Real>(degrees() * pitch);
-            m.features[t] = arena.take<Real>(group * pitch);
-        }
-        for (int t = 0; t < call_.order; ++t) {
-            m.values[t] = arena.take<Real>(columns_ * chunk * width);
-            m.weights[t] = arena.take<Real>(chunk);
-        }
-        m.ones = arena.take<Real>(pitch);
-        m.sums = arena.take<Real>(columns_ * chunk * width);
-        m.absolute = arena.take<Real>(chunk);
-        m.token = arena.take<Real>(greater(table_.width, columns_ * width));
-        m.totals = arena.take<double>(rows_.tokens * columns_ * width);
-        m.last = arena.take<double>(rows_.tokens * degrees());
-        m.sizes = arena.take<double>(rows_.tokens * degrees());
-        m.shares = arena.take<double>(chunk * degrees());
-        return m;
+        const Parts part = take_parts(arena);
+        double* shares = arena.take<double>(degrees() * chunk);
+        Real* values[max_order] = {};
+        for (int t = 0; t < call_.order; ++t) values[t] = arena.take<Real>(rows_.channels * chunk);
+        Real* sums = arena.take<Real>(rows_.channels * chunk * width);
+        Real* absolute = arena.take<Real>(chunk * width);
+        Real* token = arena.take<Real>(rows_.channels);
+        const auto features = [&] { return Features(arena, table_, rows_.channels, sets); };
+        return {part, shares, {values[0], values[1], values[2], values[3]}, sums, absolute, token,
+                {features(), features(), features(), features(), features()}};
     }
 
     std::int64_t thread_bytes() const {
@@ -81,208 +78,165 @@ private:
     }
 
     // Reads a chunk of rows and the keys that they bring, and adds the features [first, last) of them.
-    void pass(const Memory& m, std::int64_t first, std::int64_t last, std::int64_t at, std::int64_t count) const {
-        clear(m.ones, pitch, Real(1));
-        Ancestors<Real> walks[max_order + 1] = {walk(m, 0), walk(m, 1), walk(m, 2), walk(m, 3), walk(m, 4)};
+    void pass(Memory& m, std::int64_t first, std::int64_t last, std::int64_t at, std::int64_t count) const {
         for (int t = 0; t < call_.order; ++t) {
             const RunningKeys& mode = call_.modes[t];
-            walks[t].read(mode.columns, table_.width, mode.length, mode.first + at, count, m.token);
-            pack(m, t, mode.first + at, count);
+            m.features[t].read(mode.columns, mode.length, mode.first + at, count);
+            read_running_values(mode, rows_.channels, mode.first + at, count, chunk, m.token, m.values[t]);
         }
-        walks[call_.order].read(rows_.columns, table_.width, rows_.tokens, at, count, m.token);
+        m.features[call_.order].read(rows_.columns, rows_.tokens, at, count);
+        clear(m.shares, degrees() * chunk);
         for (std::int64_t j = 0; j < count; ++j)
             centred_shares(*rows_.finish, table_.degree, rows_.finish->centres[at + j], m.shares + j, chunk);
         for (std::int64_t s = 0; s < degrees(); ++s) {
             const std::int64_t low = greater(first - table_.offsets[s], 0);
             const std::int64_t high = lesser(last, table_.offsets[s + 1]) - table_.offsets[s];
             for (std::int64_t from = low; from < high; from += most) {
-                clear(m.sums, columns_ * chunk * width), clear(m.absolute, chunk);
+                clear(m.sums, rows_.channels * chunk * width), clear(m.absolute, chunk * width);
                 for (std::int64_t leaf = from; leaf < lesser(from + most, high); leaf += group)
-                    add_group(m, walks, s, leaf, lesser(leaf + group, lesser(from + most, high)), low, count);
-                flush(m, s, at, count);
+                    add_group(m, s, leaf, lesser(leaf + group, lesser(from + most, high)), leaf == low, count);
+                flush(m, s, at);
             }
         }
     }
 
-    Ancestors<Real> walk(const Memory& m, int t) const { return {m.columns[t], m.products[t], m.ones, pitch}; }
-
-    void pack(const Memory& m, int t, std::int64_t first, std::int64_t count) const {
-        const RunningKeys& mode = call_.modes[t];
-        clear(m.token, columns_ * width);
-        for (std::int64_t j = 0; j < count; ++j) {
-            if (first + j >= 0 && first + j < mode.length)
-                read_values(mode.values, mode.columns.open, rows_.channels, first + j, 1.0, m.token);
-            else
-                clear(m.token, rows_.channels);
-            for (std::int64_t c = 0; c < columns_; ++c)
-                store(m.values[t] + (c * chunk + j) * width, load(m.token + c * width));
-            m.weights[t][j] = m.token[rows_.channels - 1];
-        }
-    }
-
-    void add_group(const Memory& m, Ancestors<Real>* walks, std::int64_t s, std::int64_t first, std::int64_t last,
-                   std::int64_t start, std::int64_t count) const {
-        const std::int64_t length = rounded(count, width);
-        for (std::int64_t leaf = first; leaf < last; ++leaf) {
-            const std::int64_t from = leaf == start ? 1 : table_.degrees[s].levels[leaf];
-            for (int t = 0; t <= call_.order; ++t)
-                make(walks[t], s, leaf, from, length, m.features[t] + (leaf - first) * pitch,
-                     t == call_.order ? static_cast<const Real*>(call_.weights)[table_.offsets[s] + leaf] : Real(1));
-        }
+    void add_group(Memory& m, std::int64_t s, std::int64_t first, std::int64_t last, bool starts, std::int64_t count) const {
+        const bool two = last - first > width;
+        for (int t = 0; t <= call_.order; ++t)
+            for (int set = 0; set <= int(two); ++set)
+                m.features[t].make(s, first + set * width, last, starts && set == 0,
+                                   t == call_.order ? static_cast<const Real*>(call_.weights) : nullptr, set);
+        const std::int64_t row = table_.offsets[s] + first;
         switch (call_.order) {
-            case 1: return add_features<1>(m, table_.offsets[s] + first, last - first, count);
-            case 2: return add_features<2>(m, table_.offsets[s] + first, last - first, count);
-            case 3: return add_features<3>(m, table_.offsets[s] + first, last - first, count);
-            default: return add_features<4>(m, table_.offsets[s] + first, last - first, count);
+            case 1: return add_features<1>(m, row, last - first, count);
+            case 2: return add_features<2>(m, row, last - first, count);
+            case 3: return add_features<3>(m, row, last - first, count);
+            default: return add_features<4>(m, row, last - first, count);
         }
     }
 
-    KORDER_INLINE void make(Ancestors<Real>& walk, std::int64_t s, std::int64_t leaf, std::int64_t from,
-                            std::int64_t length, Real* to, Real factor) const {
-        if (s == 0) return clear(to, length, factor);
-        const std::int32_t* path = table_.degrees[s].paths + leaf * s;
-        walk.walk(path, from, s, length);
-        const Real *one = walk.product(s - 1), *other = walk.column(path[s - 1]);
-        for (std::int64_t j = 0; j < length; j += width) store(to + j, load(one + j) * load(other + j) * factor);
-    }
-
-    // Adds `features` features from row `first` of the table on, two at a time.
     template <int Order>
-    void add_features(const Memory& m, std::int64_t first, std::int64_t features, std::int64_t count) const {
-        for (std::int64_t i = 0; i < features; ++i) add_sizes<Order>(m, first + i, i, count);
-        for (std::int64_t c = 0; c < columns_; ++c) {
-            std::int64_t i = 0;
-            for (; i + 2 <= features; i += 2) add_column<Order, 2>(m, first + i, i, c, count);
-            if (i < features) add_column<Order, 1>(m, first + i, i, c, count);
+    void add_features(const Memory& m, std::int64_t row, std::int64_t features, std::int64_t count) const {
+        for (std::int64_t set = 0; set * width < features; ++set)
+            add_sizes<Order>(m, row + set * width, features - set * width, set, count);
+        // of high orders the sums of two vectors of features would not fit the registers
+        const bool together = Order < 3 && features > width;
+        for (std::int64_t c = 0; c < rows_.channels; ++c) {
+            if (together) {
+                add_channel<Order, 2>(m, row, features, 0, c, count);
+                continue;
+            }
+            for (std::int64_t set = 0; set * width < features; ++set)
+                add_channel<Order, 1>(m, row + set * width, features - set * width, set, c, count);
         }
     }
 
-    // The absolute terms of one feature.
+    // The absolute terms of a vector of features.
     template <int Order>
-    __attribute__((noinline)) void add_sizes(const Memory& m, std::int64_t row, std::int64_t i, std::int64_t count) const {
-        Real before[Order], sums[Order] = {};
-        for (int t = 0; t < Order; ++t) before[t] = Real(call_.modes[t].absolute[row]);
+    __attribute__((noinline)) void add_sizes(const Memory& m, std::int64_t row, std::int64_t features, std::int64_t set,
+                                             std::int64_t count) const {
+        vec<Real> before[Order], sums[Order] = {};
+#pragma GCC unroll 4
+        for (int t = 0; t < Order; ++t) before[t] = gathered<Real>(call_.modes[t].absolute + row, 1, features);
+        const Real* own = m.features[Order].lanes(set);
         for (std::int64_t j = 0; j < count; ++j) {
-            Real product = size_of(m.features[Order][i * pitch + j]);
+            vec<Real> product = absolute<Real>(load(own + j * width));
+#pragma GCC unroll 4
             for (int t = 0; t < Order; ++t) {
-                sums[t] += size_of(m.features[t][i * pitch + j]) * m.weights[t][j];
+                sums[t] += absolute<Real>(load(m.features[t].lanes(set) + j * width)) *
+                           m.values[t][(rows_.channels - 1) * chunk + j];
                 product *= before[t] + sums[t];
             }
-            m.absolute[j] += product;
+            store(m.absolute + j * width, load(m.absolute + j * width) + product);
         }
-        for (int t = 0; t < Order; ++t) call_.modes[t].absolute[row] += double(sums[t]);
+#pragma GCC unroll 4
+        for (int t = 0; t < Order; ++t) scatter_added<Real>(call_.modes[t].absolute + row, 1, features, sums[t]);
     }
 
-    static KORDER_INLINE Real size_of(Real x) { return x < Real(0) ? -x : x; }
-
-    // One vector of channels of `Count` features: their running sums, the products of these, and what rows read of them.
-    template <int Order, int Count>
-    __attribute__((noinline)) void add_column(const Memory& m, std::int64_t row, std::int64_t i, std::int64_t c,
-                                              std::int64_t count) const {
-        vec<Real> before[Order][Count], sums[Order][Count] = {};  // unrolled everywhere, or they would not be registers
-        const std::int64_t lanes = lesser(width, rows_.channels - c * width);
-#pragma GCC unroll 4
-        for (int t = 0; t < Order; ++t)
-#pragma GCC unroll 4
-            for (int f = 0; f < Count; ++f)
-                before[t][f] = narrow(call_.modes[t].sums + (row + f) * rows_.channels + c * width, lanes);
-        const Real *features[Order + 1], *values[Order];
+    // One channel of `Sets` vectors of features: their running sums, the products of these, and what rows read of them.
+    // Everything is unrolled, or sums would not be registers.
+    template <int Order, int Sets>
+    __attribute__((noinline)) void add_channel(const Memory& m, std::int64_t row, std::int64_t features, std::int64_t set,
+                                               std::int64_t c, std::int64_t count) const {
+        vec<Real> before[Order][Sets], sums[Order][Sets] = {};
+        const Real *lanes[Order + 1], *values[Order];
 #pragma GCC unroll 5
-        for (int t = 0; t <= Order; ++t) features[t] = m.features[t] + i * pitch;
+        for (int t = 0; t <= Order; ++t) lanes[t] = m.features[t].lanes(set);
 #pragma GCC unroll 4
-        for (int t = 0; t < Order; ++t) values[t] = m.values[t] + c * chunk * width;
+        for (int t = 0; t < Order; ++t) {
+            values[t] = m.values[t] + c * chunk;
+#pragma GCC unroll 2
+            for (int f = 0; f < Sets; ++f)
+                before[t][f] = gathered<Real>(call_.modes[t].sums + (row + f * width) * rows_.channels + c, rows_.channels,
+                                              features - f * width);
+        }
         Real* to = m.sums + c * chunk * width;
         for (std::int64_t j = 0; j < count; ++j) {
-            vec<Real> product[Count];
-#pragma GCC unroll 4
-            for (int f = 0; f < Count; ++f) product[f] = spread(features[Order][f * pitch + j]);
+            vec<Real> product[Sets];
+#pragma GCC unroll 2
+            for (int f = 0; f < Sets; ++f) product[f] = load(lanes[Order] + f * chunk * width + j * width);
 #pragma GCC unroll 4
             for (int t = 0; t < Order; ++t) {
-                const vec<Real> value = load(values[t] + j * width);
-#pragma GCC unroll 4
-                for (int f = 0; f < Count; ++f) {
-                    sums[t][f] += spread(features[t][f * pitch + j]) * value;
+                const vec<Real> value = spread(values[t][j]);
+#pragma GCC unroll 2
+                for (int f = 0; f < Sets; ++f) {
+                    sums[t][f] += load(lanes[t] + f * chunk * width + j * width) * value;
                     product[f] *= before[t][f] + sums[t][f];
                 }
             }
             vec<Real> found = load(to + j * width);
-#pragma GCC unroll 4
-            for (int f = 0; f < Count; ++f) found += product[f];
+#pragma GCC unroll 2
+            for (int f = 0; f < Sets; ++f) found += product[f];
             store(to + j * width, found);
         }
 #pragma GCC unroll 4
         for (int t = 0; t < Order; ++t)
-#pragma GCC unroll 4
-            for (int f = 0; f < Count; ++f)
-                widen(call_.modes[t].sums + (row + f) * rows_.channels + c * width, sums[t][f], lanes);
-    }
-
-    static KORDER_INLINE vec<Real> narrow(const double* from, std::int64_t lanes) {
-        Real found[width] = {};
-        if (lanes == width)
-            for (int l = 0; l < width; ++l) found[l] = Real(from[l]);
-        else
-            for (std::int64_t l = 0; l < lanes; ++l) found[l] = Real(from[l]);
-        return load(found);
-    }
-
-    static KORDER_INLINE void widen(double* to, vec<Real> from, std::int64_t lanes) {
-        Real found[width];
-        store(found, from);
-        if (lanes == width)
-            for (int l = 0; l < width; ++l) to[l] += double(found[l]);
-        else
-            for (std::int64_t l = 0; l < lanes; ++l) to[l] += double(found[l]);
+#pragma GCC unroll 2
+            for (int f = 0; f < Sets; ++f)
+                scatter_added<Real>(call_.modes[t].sums + (row + f * width) * rows_.channels + c, rows_.channels,
+                                    features - f * width, sums[t][f]);
     }
 
     // Adds what the rows of a chunk read of some features of degree s.
-    void flush(const Memory& m, std::int64_t s, std::int64_t at, std::int64_t count) const {
-        const std::int64_t last = rows_.channels - 1;
-        for (std::int64_t j = 0; j < count; ++j) {
-            const double share = m.shares[s * chunk + j];
-            for (std::int64_t c = 0; c < columns_; ++c) {
-                const Real* from = m.sums + (c * chunk + j) * width;
-                double* to = m.totals + ((at + j) * columns_ + c) * width;
-                for (int l = 0; l < width; ++l) to[l] += share * double(from[l]);
+    void flush(const Memory& m, std::int64_t s, std::int64_t at) const {
+        for (std::int64_t j = 0; j < chunk; j += width) {
+            for (std::int64_t c = 0; c < rows_.channels; ++c) {
+                const vec<Real> sum = sums_over_lanes(m.sums + (c * chunk + j) * width);
+                add_wide<Real>(m.part.totals + c * padded() + at + j, m.shares + s * chunk + j, sum);
+                if (c + 1 == rows_.channels) add_wide<Real>(m.part.last + s * padded() + at + j, nullptr, sum);
             }
-            m.last[(at + j) * degrees() + s] += double(m.sums[(last / width * chunk + j) * width + last % width]);
-            m.sizes[(at + j) * degrees() + s] += double(m.absolute[j]);
+            add_wide<Real>(m.part.sizes + s * padded() + at + j, nullptr, sums_over_lanes(m.absolute + j * width));
         }
     }
 
     // Adds up the threads' parts of some rows and finishes them.
     void finish(char* memory, int threads, std::int64_t first, std::int64_t last) const {
-        const Memory m = taken(memory, 0);
         const Finish& to = *rows_.finish;
-        for (std::int64_t i = first; i < last; ++i) {
-            double *totals = m.totals + i * columns_ * width, *powers = m.last + i * degrees(),
-                   *sizes = m.sizes + i * degrees();
-            for (int thread = 1; thread < threads; ++thread) {
-                const Memory other = taken(memory, thread);
-                add(totals, other.totals + i * columns_ * width, columns_ * width);
-                add(powers, other.last + i * degrees(), degrees()), add(sizes, other.sizes + i * degrees(), degrees());
-            }
-            const double mean = totals[rows_.channels - 1];
-            double *sums = rows_.sums + i * rows_.channels, *moments = to.moments + i * degrees();
-            if (to.live[i]) {
-                for (std::int64_t c = 0; c + 1 < rows_.channels; ++c) sums[c] = totals[c] / mean;
-                sums[rows_.channels - 1] = mean;
-                to.magnitude[i] =
-                    centred_moments(to, table_.degree, to.centres[i], powers, sizes, 1, moments) / mean;
-            } else {
-                clear(sums, rows_.channels), clear(moments, degrees()), to.magnitude[i] = 0.0;
+        const auto parts = [&](int thread) {
+            Arena arena(memory + thread * thread_bytes());
+            return take_parts(arena);
+        };
+        const Parts m = parts(0);
+        for (int thread = 1; thread < threads; ++thread) {
+            const Parts other = parts(thread);
+            for (std::int64_t c = 0; c < rows_.channels; ++c)
+                add(m.totals + c * padded(), other.totals + c * padded(), first, last);
+            for (std::int64_t s = 0; s < degrees(); ++s) {
+                add(m.last + s * padded(), other.last + s * padded(), first, last);
+                add(m.sizes + s * padded(), other.sizes + s * padded(), first, last);
             }
         }
+        for (std::int64_t i = first; i < last; ++i)
+            finish_row(to, table_.degree, rows_.channels, i, m.totals + i, m.last + i, m.sizes + i, padded(), rows_.sums);
     }
 
-    static void add(double* to, const double* from, std::int64_t count) {
-        for (std::int64_t i = 0; i < count; ++i) to[i] += from[i];
+    static void add(double* to, const double* from, std::int64_t first, std::int64_t last) {
+        for (std::int64_t i = first; i < last; ++i) to[i] += from[i];
     }
 
     const RunningCall& call_;
     const FeatureCall& rows_;
     const Monomials& table_;
-    std::int64_t columns_;  // vectors of channels
 };
 
 }  // namespace korder::KORDER_ISA

@@ -3,6 +3,7 @@
 #include "feature_gradient.hpp"
 #include "feature_reading.hpp"
 #include "feature_running.hpp"
+#include "feature_running_back.hpp"
 #include "feature_sums.hpp"
 #include "forward.hpp"
 #include "largest.hpp"
@@ -34,16 +35,19 @@ void backward(const Call& call, char* memory) {
         Backward<float>(call).run(memory);
 }
 
+// Without memory a kernel only says how much it would take.
+template <class Kernel>
+std::int64_t run_in(const Kernel& kernel, char* memory) {
+    if (memory) kernel.run(memory);
+    return kernel.bytes();
+}
+
 template <class Real>
 std::int64_t features_in(const FeatureCall& call, Work work, char* memory) {
-    const auto run = [memory](const auto& kernel) {
-        if (memory) kernel.run(memory);
-        return kernel.bytes();
-    };
     switch (work) {
-        case Work::sums: return run(FeatureSums<Real>(call));
-        case Work::reading: return run(FeatureReading<Real>(call));
-        case Work::gradient: return run(FeatureGradient<Real>(call));
+        case Work::sums: return run_in(FeatureSums<Real>(call), memory);
+        case Work::reading: return run_in(FeatureReading<Real>(call), memory);
+        case Work::gradient: return run_in(FeatureGradient<Real>(call), memory);
     }
     return 0;
 }
@@ -53,11 +57,12 @@ std::int64_t features(const FeatureCall& call, Work work, char* memory) {
 }
 
 std::int64_t running(const RunningCall& call, char* memory) {
-    const auto run = [memory](const auto& kernel) {
-        if (memory) kernel.run(memory);
-        return kernel.bytes();
-    };
-    return call.rows.wide ? run(FeatureRunning<double>(call)) : run(FeatureRunning<float>(call));
+    return call.rows.wide ? run_in(FeatureRunning<double>(call), memory) : run_in(FeatureRunning<float>(call), memory);
+}
+
+std::int64_t running_back(const RunningBack& back, char* memory) {
+    return back.call.rows.wide ? run_in(FeatureRunningBack<double>(back), memory)
+                               : run_in(FeatureRunningBack<float>(back), memory);
 }
 
 double largest(const Call& call, const Mode& mode, const Operand& x, void* row) {
@@ -94,6 +99,6 @@ void exponential_of(bool wide, void* numbers, std::int64_t count) {
 
 extern const Table table;
 const Table table = {KORDER_TEXT(KORDER_ISA), KORDER_VECTOR_BYTES, forward_bytes, forward, backward_bytes,
-                     backward, features, running, column_facts, token_products, largest, exponential_of};
+                     backward, features, running, running_back, column_facts, token_products, largest, exponential_of};
 
 }  // namespace korder::KORDER_ISA

@@ -80,6 +80,17 @@ struct RunningCall {
     const void* weights = nullptr;  // (count), in the dtype of the sums: what each feature of a row is multiplied with
 };
 
+// The way back of a block of rows, the last one first: `sums` of the modes are those after the block and become those before
+// it, the flows (gradients of the sums) those of the rows behind the block and then of its rows as well.
+struct RunningBack {
+    RunningCall call;
+    const double* gradient = nullptr;    // (rows, channels): of the sums over tuples
+    const double* shares = nullptr;      // (rows, degree + 1): what it is multiplied with in each degree
+    double* flows[max_order] = {};       // (count, channels), added to
+    void* of_columns[max_order + 1] = {};  // (width, rows), written, in the dtype of the sums: of keys, and last of the rows
+    double* of_values[max_order] = {};   // (rows, channels), written
+};
+
 // What is done with the features of all tokens: summed with values, multiplied with a table, or differentiated.
 enum class Work : int { sums, reading, gradient };
 

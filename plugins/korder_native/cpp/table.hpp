@@ -23,6 +23,7 @@ struct Table {
     // Without memory these only say how much they would take.
     std::int64_t (*features)(const FeatureCall&, Work, char* memory);
     std::int64_t (*running)(const RunningCall&, char* memory);
+    std::int64_t (*running_back)(const RunningBack&, char* memory);
     void (*column_facts)(const FeatureCall&, const double* weights, double* peaks, double* totals, double* token);
     void (*token_products)(const FeatureCall&, const double* factors, double* to, double* token);
     double (*largest)(const Call&, const Mode&, const Operand&, void* row);

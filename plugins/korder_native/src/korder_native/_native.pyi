@@ -123,6 +123,18 @@ class Kernels:
     def read_running(self, call: RunningCall, sums: int | None, finish: Finish, /) -> None:
         """Write the means of rows, and bring the sums of every mode up to the last row."""
 
+    def running_back(
+        self,
+        call: RunningCall,
+        gradient: int | None,
+        shares: int | None,
+        flows: list[int],
+        of_columns: list[int],
+        of_values: list[int],
+        /,
+    ) -> None:
+        """Go back through rows: write the gradients of columns and values, add to the flows, take sums back."""
+
     def running_bytes(self, call: RunningCall, /) -> int:
         """Return the memory that it takes."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,27 +21,12 @@ from korder_native.arrays import (
     thread_count,
 )
 from korder_native.backend import wanted_isa
+from korder_native.running import Laid, WayBack, WayForward
 
 Array = Any
 BLOCK = 4096
 """Tokens that go through the kernels together, whatever smaller blocks the plan has for kernels that keep features."""
-RUNNING_BLOCK = 1024
-"""Rows under a causal mask that the kernels see together."""
 _SUMS, _READING, _GRADIENT = range(3)
-
-
-@dataclass(frozen=True, slots=True)
-class Laid:
-    """What rows are read against, without gaps, and what each degree of it is multiplied with.
-
-    Shapes:  values (r, e + 1) and sizes (r, 1) in the compute dtype; the others (degree + 1,) float64.
-    """
-
-    values: Array
-    sizes: Array
-    coefficients: Array
-    factors: Array
-    size_factors: Array
 
 
 class PreallocatedRows:
@@ -92,7 +76,7 @@ class Passes(PolynomialKernel):
         states = 8 * features * (channels + 1) * problem.order
         table = features * (channels + 1) * (3 * 8 + item)
         block = tokens * (self.table.width * (8 + 2 * item) + channels * (8 + 2 * item) + 8 * 8 * degrees)
-        kernels = max(self.kernels.feature_bytes(self._call(tokens), work) for work in (_SUMS, _READING))
+        kernels = max(self.kernels.feature_bytes(self.call(tokens), work) for work in (_SUMS, _READING))
         return int(states + max(table, block + features * (channels + 1) * item + kernels))
 
     def _tokens(self) -> int:
@@ -104,13 +88,14 @@ class Passes(PolynomialKernel):
         for start in range(0, length, step):
             yield start, min(start + step, length)
 
-    def _call(self, tokens: int) -> Any:
+    def call(self, tokens: int) -> Any:
+        """Return a call about tokens, on as many threads as there are now."""
         wide = self.problem.accumulation == "float64"
         return _native.FeatureCall(self.monomials, wide, thread_count(), tokens, self.problem.value_width + 1)
 
     def _of_columns(self, columns: Array) -> tuple[Any, Any]:
         """Return a call about columns (w, c) in the compute dtype, and what it points at."""
-        call, rows = self._call(columns.shape[1]), self.xp.permute_dims(columns, (1, 0))
+        call, rows = self.call(columns.shape[1]), self.xp.permute_dims(columns, (1, 0))
         call.set_columns(plain_view(rows), NUMBERS[self.problem.accumulation], None, None)
         return call, rows
 
@@ -121,7 +106,7 @@ class Passes(PolynomialKernel):
         """
         start, stop = tokens
         inverse = None if scale is None else 1.0 / scale
-        call = self._call(stop - start)
+        call = self.call(stop - start)
         projected = factor.projection.matrix is not None or factor.projection.widths
         if projected or not (inverse is None or bool(self.xp.all(self.xp.isfinite(inverse)))):
             columns = factor.columns(self.xp, start, stop)
@@ -203,18 +188,17 @@ class Passes(PolynomialKernel):
         if self.problem.spec.mask.kind == "full":
             yield from super().finished_blocks(operands, plane, scales, of_rows, states, progress)
             return
-        walk = Walk(self, operands, plane, scales)
-        for start in range(0, self.problem.queries, RUNNING_BLOCK):
-            stop = min(start + RUNNING_BLOCK, self.problem.queries)
-            counts = walk.counts(start, stop)
+        walk = WayForward(self, plane, self.pace(operands, scales))
+        for start, stop in walk.blocks():
             for place, head in enumerate(plane.heads):
                 at = (plane.batch, head, slice(start, stop))
-                last = place == len(plane.heads) - 1
-                output, *means, magnitude = walk.read(place, start, stop, [x[at] for x in of_rows], last=last)
-                mean, moments = (x / counts.reshape((-1, *(1,) * (x.ndim - 1))) for x in means)
-                yield head, start, (output, mean, moments, magnitude)
+                yield head, start, walk.read(place, start, stop, [x[at] for x in of_rows])
             progress.advance((stop - start) * (len(plane.heads) + self.problem.order))
         states += walk.sums
+
+    def way_back(self, plane: Any, pace: Any, statistics: Any, rows: Any) -> WayBack:
+        """Return what walks a plane's rows backwards under a causal mask."""
+        return WayBack(self, plane, pace, statistics, rows)
 
     def finishing(self, table: Laid, rows: Any, like: Array) -> tuple[Any, tuple[Array, ...]]:
         """Return what finishes rows of these centres that are live or not, and what it writes, the sums first.
@@ -229,7 +213,11 @@ class Passes(PolynomialKernel):
         finish = _native.Finish(*map(address, (*constants, centre, live, *written[1:])))
         return finish, (*written, centre, live)
 
-    def _stacked(self, shares: list[Array], factors: list[Any]) -> Array:
+    def copied(self, array: Array) -> Array:
+        """Return a dense copy."""
+        return self.xp.asarray(dense(array), copy=True)
+
+    def stacked(self, shares: list[Array], factors: list[Any]) -> Array:
         """Return shares times factors (c, degree + 1)."""
         return dense(self.xp.stack([x * factor for x, factor in zip(shares, factors, strict=True)], axis=1))
 
@@ -240,7 +228,7 @@ class Passes(PolynomialKernel):
     def collect(self, block: Any, shares: list[Array], gradient: Array, sums: Array) -> None:
         """Add a block's features times each row's gradient and its share of every degree, in place."""
         call, _kept = self._of_columns(block.columns)
-        spread, gradient = self._stacked(shares, [self.scale_sign**s for s in range(len(shares))]), dense(gradient)
+        spread, gradient = self.stacked(shares, [self.scale_sign**s for s in range(len(shares))]), dense(gradient)
         call.set_values(plain_view(gradient), NUMBERS["float64"], False, None)
         self.kernels.feature_sums(call, address(spread), address(sums), None)
 
@@ -255,7 +243,7 @@ class Passes(PolynomialKernel):
     def columns_gradient(self, block: Any, table: Any, values: Array, shares: list[Array] | None = None) -> Array:
         """Return the gradient of the columns (w, c), that of the features being table @ values."""
         call, _kept = self._of_columns(block.columns)
-        spread, values = None if shares is None else self._stacked(shares, [1.0] * len(shares)), dense(values)
+        spread, values = None if shares is None else self.stacked(shares, [1.0] * len(shares)), dense(values)
         number = NUMBERS[self.problem.accumulation if shares is None else "float64"]
         call.set_values(plain_view(values), number, False, None)
         gradient = new(values, block.columns.shape, self.problem.accumulation)
@@ -273,59 +261,6 @@ class Passes(PolynomialKernel):
         """Return a preallocated array to write rows into."""
         shape = (self.problem.batch, self.problem.heads, self.problem.queries, *trailing)
         return PreallocatedRows(self.xp.empty(shape, dtype=dtype or self.xp.float64))
-
-
-class Walk:
-    """The rows of a plane under a causal mask in order, and the sums of the modes over the keys that came so far."""
-
-    def __init__(self, passes: Passes, operands: Operands, plane: Any, scales: Array) -> None:
-        xp, problem = passes.xp, passes.problem
-        self.passes, self.plane, self.scales = passes, plane, scales
-        self.pace = passes.pace(operands, scales)
-        like, shape = operands.query, (passes.table.features, problem.value_width + 1)
-        self.sums = [new(like, shape, "float64", zeros=True) for _ in range(problem.order)]
-        self.absolute = [new(like, shape[:1], "float64", zeros=True) for _ in range(problem.order)]
-        self.weights, self.totals = [], []
-        for key, shrink in zip(plane.keys, self.pace.shrinks, strict=True):
-            weights = xp.ones(key.length, dtype=xp.float64) if key.weights is None else key.weights
-            self.weights.append(weights * shrink)
-            first = xp.zeros(1, dtype=xp.float64)
-            self.totals.append(xp.concat([first, xp.cumulative_sum(self.weights[-1], axis=0)], axis=0))
-        factors = dense(xp.stack(self.pace.factors, axis=0))
-        coefficients = np.asarray(passes.polynomial.values, np.float64)
-        self.table = Laid(None, passes.laid_out(self.pace.weights), coefficients, factors, xp.abs(factors))
-        for mode, shift in enumerate(self.pace.shifts):
-            for start, stop in passes.blocks(min(max(shift, 0), plane.keys[mode].length)):
-                call, _kept = self._keys(mode, start, stop)
-                passes.kernels.feature_sums(call, None, *map(address, (self.sums[mode], self.absolute[mode])))
-
-    def _keys(self, mode: int, start: int, stop: int) -> tuple[Any, Any]:
-        weights = self.weights[mode][start:stop]
-        return self.passes.of_keys(self.plane, mode, self.scales, (start, stop), weights)
-
-    def counts(self, start: int, stop: int) -> Array:
-        """Return the product of the sums of weights that rows see, ones in place of zeros: (c,) float64."""
-        product = 1.0
-        for totals, shift in zip(self.totals, self.pace.shifts, strict=True):
-            seen = np.clip(np.arange(start, stop) + (shift + 1), 0, totals.shape[0] - 1)
-            product = product * totals[seen]
-        return self.passes.xp.where(product == 0.0, 1.0, product)
-
-    def read(self, place: int, start: int, stop: int, rows: Any, *, last: bool) -> tuple[Array, Array, Array, Array]:
-        """Return what rows of one of the plane's heads come to but for `counts`; the last head moves the sums on."""
-        passes, query = self.passes, self.plane.queries[place]
-        of_rows, kept = passes.of_factor(query, (start, stop), self.scales[0, ...])
-        call, kept = _native.RunningCall(of_rows, address(self.table.sizes)), [kept]
-        for mode, shift in enumerate(self.pace.shifts):
-            length = self.plane.keys[mode].length
-            low, high = (min(max(row + shift, 0), length) for row in (start, stop))
-            keys, held = self._keys(mode, low, high)
-            sums = [x[mode] if last else passes.xp.asarray(x[mode], copy=True) for x in (self.sums, self.absolute)]
-            call.add_mode(keys, start + shift - low, *map(address, sums))
-            kept += [keys, held, sums]
-        finish, (found, moments, magnitude, *_read) = passes.finishing(self.table, rows, query.rows)
-        passes.kernels.read_running(call, address(found), finish)
-        return found[:, :-1], found[:, -1], moments, magnitude
 
 
 class NativePolynomialKernel:
