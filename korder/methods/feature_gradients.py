@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from array_api_compat import device
 
+from korder.methods.block_passes import FeatureBlock
 from korder.methods.factors import Factor, Plane, planes
-from korder.methods.readings import centred_coefficients, nonzero, prod_arrays
+from korder.methods.readings import nonzero, prod_arrays
 from korder.methods.sight import live_rows
 from korder.planning.polynomial import feature_count
 from korder.problem import Problem
@@ -239,7 +240,7 @@ def _plane_backward(
         for gradient in mean_gradients:
             others = [means[s][: gradient.shape[0], :] for s in range(order) if s != t]
             state_gradients.append(prod_arrays([gradient, *others]) / counts[t])
-        _key_backward(widest, plane, t, scales[t + 1, ...], state_gradients, store)
+        _key_backward(kernels, plane, t, scales[t + 1, ...], state_gradients, store)
 
 
 def _widened(kernel: PolynomialKernel, plane: Plane, mode: int, scales: Array, state: Array) -> Array:
@@ -272,57 +273,52 @@ def _query_backward(
     centre, scales = statistics
     product = prod_arrays(means)
     table = widest.normalised(product, xp.zeros_like(product[:, :1]), scales)
-    collected = [
-        [xp.zeros_like(x, dtype=xp.float64) for x in table.values[: kernel.polynomial.degree + 1]] for kernel in kernels
-    ]
+    entries = widest.laid_out(table.values)
+    collected = [kernel.new_sums(table.values) for kernel in kernels]
     for head, query in zip(plane.heads, plane.queries, strict=True):
         for start, stop in widest.blocks(query.length):
             raw = query.operand_columns(xp, start, stop)
             columns = widest.normalise_columns(query.projection.apply(xp, raw), scales[0, ...])
-            features = widest.features(columns)
+            block = FeatureBlock(widest, columns)
             gradient = rows.block(plane.batch, head, start, stop)
-            shift = -centre[plane.batch, head, start:stop]
             for kernel, sums in zip(kernels, collected, strict=True):
-                shares = centred_coefficients(kernel.polynomial.values, shift)
-                _collect(kernel, features, shares, gradient, sums)
-            parts = []
-            for s, share in enumerate(shares):
-                spread = xp.astype(share[:, None] * gradient * table.factors[s], widest.dtype)
-                parts.append(xp.matmul(table.values[s], xp.permute_dims(spread, (1, 0))))
-            adjoint = widest.adjoint(columns, features, xp.concat(parts, axis=0))
+                shares = kernel.shares(centre[plane.batch, head, start:stop])
+                kernel.collect(block, shares, gradient, sums)
+            shares = [share * factor for share, factor in zip(shares, table.factors, strict=True)]
+            adjoint = widest.columns_gradient(block, entries, gradient, shares)
             store.add_query(plane, head, start, raw, widest.normalise_columns(adjoint, scales[0, ...]))
-    return [xp.concat(sums, axis=0) for sums in collected]
-
-
-def _collect(
-    kernel: PolynomialKernel, features: Array, shares: list[Array], gradient: Array, sums: list[Array]
-) -> None:
-    """Add to the sums of every degree a block's features times its rows' gradient, each row by its share."""
-    for s, share in enumerate(shares):
-        power = kernel.xp.astype(share[:, None] * gradient * kernel.scale_sign**s, kernel.dtype)
-        sums[s] = kernel.product(features[kernel.table.rows(s), :], power, sums[s])
+    return [kernel.joined(sums) for kernel, sums in zip(kernels, collected, strict=True)]
 
 
 def _key_backward(
-    kernel: PolynomialKernel, plane: Plane, mode: int, scale: Array, state_gradients: list[Array], store: GradientStore
+    kernels: list[PolynomialKernel],
+    plane: Plane,
+    mode: int,
+    scale: Array,
+    state_gradients: list[Array],
+    store: GradientStore,
 ) -> None:
-    """Add a mode's gradients: of values and weights by the first of the state's gradients, of columns by the last."""
-    xp, key = kernel.xp, plane.keys[mode]
-    sizes = [nonzero(xp, xp.max(xp.abs(gradient))) for gradient in state_gradients]
-    normalised = [
-        xp.astype(gradient / largest, kernel.dtype) for gradient, largest in zip(state_gradients, sizes, strict=True)
-    ]
-    count = normalised[0].shape[0]
-    for start, stop in kernel.blocks(key.length):
+    """Add a mode's gradients: of values and weights by the first kernel's state gradient, of columns by the last's."""
+    first, widest = kernels[0], kernels[-1]
+    xp, key = widest.xp, plane.keys[mode]
+    laid_out = [_laid_out(kernel, gradient) for kernel, gradient in zip(kernels, state_gradients, strict=True)]
+    (size, read_table), (column_size, table) = laid_out[0], laid_out[-1]
+    for start, stop in widest.blocks(key.length):
         raw = key.operand_columns(xp, start, stop)
-        columns = kernel.normalise_columns(key.projection.apply(xp, raw), scale)
-        features = kernel.features(columns)
-        weighted = plane.values_and_weights(xp, mode, start, stop)
-        spread = xp.matmul(normalised[-1], xp.permute_dims(weighted, (1, 0)))
-        adjoint = kernel.adjoint(columns, features, spread)
-        read = kernel.product(xp.permute_dims(features[:count, :], (1, 0)), normalised[0]) * sizes[0]
-        gradient = kernel.normalise_columns(adjoint, scale) * xp.astype(sizes[-1], kernel.dtype)
+        columns = widest.normalise_columns(key.projection.apply(xp, raw), scale)
+        block = FeatureBlock(widest, columns)
+        adjoint = widest.columns_gradient(block, table, plane.values_and_weights(xp, mode, start, stop))
+        read = first.read_sums(block, read_table) * size
+        gradient = widest.normalise_columns(adjoint, scale) * xp.astype(column_size, widest.dtype)
         store.add_keys(plane, mode, start, (raw, gradient, *split_reading(xp, plane, mode, (start, stop), read)))
+
+
+def _laid_out(kernel: PolynomialKernel, gradient: Array) -> tuple[Array, Any]:
+    """Return the largest entry of a table (r, e + 1), 0-d, and the table over it as the kernel's passes want it."""
+    xp = kernel.xp
+    size = nonzero(xp, xp.max(xp.abs(gradient)))
+    narrow = xp.astype(gradient / size, kernel.dtype)
+    return size, kernel.laid_out([narrow[kernel.table.rows(s), :] for s in range(kernel.table.degree + 1)])
 
 
 def split_reading(xp: Any, plane: Plane, mode: int, tokens: tuple[int, int], read: Array) -> tuple[Array, Array]:

@@ -7,12 +7,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from array_api_compat import device
 
 from korder.errors import AccuracyError
+from korder.methods.block_passes import BlockPasses
 from korder.methods.factors import Factor, Plane, plane_count, planes
 from korder.methods.features import (
     FeatureTable,
@@ -24,9 +25,9 @@ from korder.methods.features import (
     table_of,
 )
 from korder.methods.readings import (
+    FinishedRows,
     Kept,
     Progress,
-    Reading,
     ReadTable,
     RowCollector,
     finish_rows,
@@ -43,10 +44,14 @@ from korder.spi.backend import StateKernel
 from korder.spi.operands import KernelOutput, OperandGradients, Operands, OutputGradients
 from korder.spi.progress import PROGRESS
 
+if TYPE_CHECKING:
+    from korder.methods.feature_gradients import RowGradients
+    from korder.methods.running import Pace
+
 Array = Any
 
 
-class PolynomialKernel(RunningArrays):
+class PolynomialKernel(BlockPasses, RunningArrays):
     """A compiled polynomial plan.
 
     Cost:      2 (k + 1) n r (e + 1) flop, linear in tokens; workspace k r (e + 1) plus one block of features.
@@ -86,7 +91,7 @@ class PolynomialKernel(RunningArrays):
             return self._nothing(operands)
         centre = known.get("centre")
         if centre is None:
-            centre = row_centres(xp, problem, operands, self.polynomial.coefficients)
+            centre = self.centres(operands)
         live, log_weights = live_rows(xp, problem, operands, known.get("maxima"))
         progress = self._progress(operands)
         place, degree, dtype = device(operands.query), self.polynomial.degree, getattr(xp, problem.dtype)
@@ -97,12 +102,12 @@ class PolynomialKernel(RunningArrays):
             self.collector(place),
         )
         kept = Kept(save)
-        for index, plane in enumerate(planes(xp, problem, operands, known.get("maxima"))):
+        for index, plane in enumerate(self.planes(operands, known.get("maxima"))):
             scales = self.column_scales(plane) if "scales" not in known else known["scales"][index, ...]
             states: list[Array] = []
-            for head, start, stop, reading in self.readings(operands, plane, scales, states, progress):
-                at = (plane.batch, head, slice(start, stop))
-                finished = finish_rows(xp, self.polynomial.values, reading, centre[at], live[at])
+            for head, start, finished in self.finished_blocks(
+                operands, plane, scales, (centre, live), states, progress
+            ):
                 for store, part in zip(stores, (xp.astype(finished[0], dtype), *finished[1:]), strict=True):
                     store.put(plane.batch, head, start, part)
             kept.close(xp, plane, scales, states)
@@ -118,6 +123,26 @@ class PolynomialKernel(RunningArrays):
             magnitude=magnitude,
             residuals=kept.residuals(xp, centre) if save else None,
         )
+
+    def centres(self, operands: Operands) -> Array:
+        """Return the centre of every row's scores: (b, h, n) float64."""
+        return row_centres(self.xp, self.problem, operands, self.polynomial.coefficients)
+
+    def planes(self, operands: Operands, maxima: Array | None = None) -> Iterator[Plane]:
+        """Yield the planes of the problem; see `factors.planes`."""
+        return planes(self.xp, self.problem, operands, maxima)
+
+    def pace(self, operands: Operands, scales: Array) -> Pace:
+        """Return what stays fixed while the rows of a plane are walked; for masks other than the full one."""
+        from korder.methods.running import Pace
+
+        return Pace.of(self, operands, scales)
+
+    def way_back(self, plane: Plane, pace: Pace, statistics: tuple[Array, Array, Array], rows: RowGradients) -> Any:
+        """Return what walks rows backwards under a causal mask: `running_gradients.CausalWalk`, or one like it."""
+        from korder.methods.running_gradients import CausalWalk
+
+        return CausalWalk(self, plane, pace, statistics, rows)
 
     def residual_shapes(self, operands: Operands) -> dict[str, tuple[tuple[int, ...], str]]:
         """Return shape and dtype of everything that forward returns beside the output, residuals included."""
@@ -142,22 +167,35 @@ class PolynomialKernel(RunningArrays):
         output, lse, moments = (self.collector(place, trailing, dtype).result() for trailing, dtype in shapes)
         return KernelOutput(output, lse, lse, moments, lse, {})
 
-    def readings(
-        self, operands: Operands, plane: Plane, scales: Array, states: list[Array], progress: Progress
-    ) -> Iterator[tuple[int, int, int, Reading]]:
-        """Yield (head, start, stop, reading) for the rows of a plane; puts its modes' key states into `states`."""
+    def finished_blocks(
+        self,
+        operands: Operands,
+        plane: Plane,
+        scales: Array,
+        of_rows: tuple[Array, Array],
+        states: list[Array],
+        progress: Progress,
+    ) -> Iterator[tuple[int, int, FinishedRows]]:
+        """Yield (head, first row, what `finish_rows` returns) for blocks of rows, given (centre, live) of all rows.
+
+        Puts the modes' key states into `states`.
+        """
+        centre, live = of_rows
         if self.problem.spec.mask.kind != "full":
             from korder.methods.running import running_readings
 
-            yield from running_readings(self, operands, plane, scales, states, progress)
+            for head, start, stop, reading in running_readings(self, operands, plane, scales, states, progress):
+                at = (plane.batch, head, slice(start, stop))
+                yield head, start, finish_rows(self.xp, self.polynomial.values, reading, centre[at], live[at])
             return
         found = [self.key_state(plane, t, scales, progress) for t in range(self.problem.order)]
         states += [state for state, _ in found]
         table = self.read_table(found, scales)
         for head, query in zip(plane.heads, plane.queries, strict=True):
             for start, stop in self.blocks(query.length):
-                columns = self.scaled(query, scales[0, ...], start, stop)
-                yield head, start, stop, self.read(columns, self.features(columns), table)
+                at = (plane.batch, head, slice(start, stop))
+                rows = (centre[at], live[at])
+                yield head, start, self.finish_block(query, scales[0, ...], (start, stop), table, rows)
                 progress.advance(stop - start)
 
     def key_state(self, plane: Plane, mode: int, scales: Array, progress: Progress) -> tuple[Array, Array]:
@@ -168,11 +206,7 @@ class PolynomialKernel(RunningArrays):
         state = xp.zeros(shape, dtype=xp.float64, device=device(key.rows))
         absolute = xp.zeros((shape[0], 1), dtype=xp.float64, device=device(key.rows))
         for start, stop in self.blocks(key.length):
-            columns = self.scaled(key, scales[mode + 1, ...], start, stop)
-            features = self.features(columns)
-            weighted = plane.values_and_weights(xp, mode, start, stop)
-            state = self.product(features, weighted, state)
-            absolute = self.absolute_sums(columns, features, weighted[:, -1:], absolute)
+            state, absolute = self.add_keys(plane, mode, scales, (start, stop), (state, absolute))
             progress.advance(stop - start)
         return state, absolute
 
@@ -212,16 +246,6 @@ class PolynomialKernel(RunningArrays):
         counts = xp.asarray(multinomials(self.table).copy(), dtype=xp.float64, device=device(scales))
         product = prod_arrays([scales[t, ...] for t in range(self.problem.order + 1)]) * abs(self.problem.scale)
         return counts[:, None] * polynomial_features(xp, self.table, product[:, None])
-
-    def read(self, columns: Array, features: Array, table: ReadTable) -> Reading:
-        """Return the means of the score's powers at a block of rows."""
-        xp = self.xp
-        sums = []
-        for s in range(self.polynomial.degree + 1):
-            rows = xp.permute_dims(features[self.table.rows(s), :], (1, 0))
-            sums.append(self.product(rows, table.values[s]) * table.factors[s])
-        absolute = self.absolute_read(columns, features, table.absolute)
-        return Reading(sums, [x * factor for x, factor in zip(absolute, table.absolute_factors, strict=True)])
 
     @np.errstate(all="ignore")
     def backward(
@@ -269,7 +293,11 @@ class PolynomialKernel(RunningArrays):
         """Return powers of two near the largest finite live entry of every column: (k + 1, w) float64."""
         xp = self.xp
         queries = xp.max(xp.stack([column_peaks(xp, query) for query in plane.queries], axis=0), axis=0)
-        return scales_of_peaks(xp, xp.stack([queries, *(column_peaks(xp, key) for key in plane.keys)], axis=0))
+        return self.scales_of(xp.stack([queries, *(column_peaks(xp, key) for key in plane.keys)], axis=0))
+
+    def scales_of(self, peaks: Array) -> Array:
+        """Return the powers of two near peaks (k + 1, w), such that no product of scales leaves the numbers' range."""
+        return scales_of_peaks(self.xp, peaks)
 
     def scaled(self, factor: Factor, scale: Array, start: int, stop: int) -> Array:
         """Return a factor's columns over their scales: (w, stop - start), entries of at most 1."""
@@ -308,62 +336,16 @@ class PolynomialKernel(RunningArrays):
             total = part if total is None else total + part
         return total
 
-    def absolute_sums(self, columns: Array, features: Array, weights: Array, total: Array | None = None) -> Array:
-        """Return total (r, 1) + the sums over tokens of |features| (r, c) times weights (c, 1), as `product` does.
-
-        Those of the highest degree are products of |columns| with |features| of one degree less, so that no absolute
-        value of the many highest ones is ever taken.
-        """
-        xp, degree = self.xp, self.table.degree
-        if degree == 0:
-            return self.product(xp.abs(features), weights, total)
-        lower = xp.abs(features[: self.table.offsets[degree], :])
-        pairs = self.product(lower[self.table.rows(degree - 1), :], xp.permute_dims(xp.abs(columns), (1, 0)) * weights)
-        highest = xp.take(xp.reshape(pairs, (-1,)), self._indices(device(pairs))[0], axis=0)
-        found = xp.concat([self.product(lower, weights), highest[:, None]], axis=0)
-        return found if total is None else total + found
-
-    def absolute_read(self, columns: Array, features: Array, table: list[Array]) -> list[Array]:
-        """Return, per degree, the sums over features of |features| (r_s, c) times table[s] (r_s, 1): (c,) float64.
-
-        Those of the highest degree as in `absolute_sums`.
-        """
-        xp, degree = self.xp, self.table.degree
-        lower = xp.abs(features[: self.table.offsets[max(degree, 1)], :])
-        rows = [xp.permute_dims(lower[self.table.rows(s), :], (1, 0)) for s in range(max(degree, 1))]
-        found = [self.product(part, entries)[:, 0] for part, entries in zip(rows, table, strict=False)]
-        if degree == 0:
-            return found
-        entries = xp.concat([table[degree][:, 0], xp.zeros_like(table[degree][:1, 0])], axis=0)
-        pairs = xp.reshape(xp.take(entries, self._indices(device(entries))[1], axis=0), (rows[-1].shape[1], -1))
-        spread = self.product(rows[-1], pairs)
-        return [*found, xp.sum(spread * xp.permute_dims(xp.abs(columns), (1, 0)), axis=1)]
-
-    def _indices(self, where: Any) -> tuple[Array, Array]:
-        """Return, in pairs (parent, variable), where each monomial of the highest degree is; and its inverse.
-
-        A pair that is no monomial, because its variables are not in order, has the index after the last monomial.
-        """
-
-        def make() -> tuple[np.ndarray, np.ndarray]:
-            above, variables = parents(self.table, self.table.degree)
-            pairs = above * self.table.width + variables
-            lower = self.table.rows(self.table.degree - 1)
-            inverse = np.full((lower.stop - lower.start) * self.table.width, len(pairs))
-            inverse[pairs] = np.arange(len(pairs))
-            return pairs, inverse
-
-        return self._constants("pairs", where, make)
-
     def parents(self, degree: int, where: Any) -> tuple[Array, Array]:
         """Return `features.parents` of a degree as arrays of a device; made once."""
-        return self._constants(degree, where, lambda: parents(self.table, degree))
+        return self.constants(degree, where, lambda: parents(self.table, degree))
 
     def index(self, positions: np.ndarray, where: Any) -> Array:
         """Return positions of the table as an array of a device; made once."""
-        return self._constants(("positions", id(positions)), where, lambda: (positions,))[0]
+        return self.constants(("positions", id(positions)), where, lambda: (positions,))[0]
 
-    def _constants(self, name: Any, where: Any, make: Callable[[], tuple[np.ndarray, ...]]) -> tuple[Array, ...]:
+    def constants(self, name: Any, where: Any, make: Callable[[], tuple[np.ndarray, ...]]) -> tuple[Array, ...]:
+        """Return arrays of a device, made once for a name."""
         key = (name, where)
         if key not in self._index:
             self._index[key] = tuple(self.xp.asarray(x.copy(), device=where) for x in make())

@@ -11,6 +11,8 @@ from korder.methods.factors import Plane, assemble
 from korder.problem import Problem
 
 Array = Any
+FinishedRows = tuple[Array, Array, Array, Array]
+"""Output (c, e), mean polynomial (c,), moments (c, degree + 1) and magnitude (c,) of a block of rows, float64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +123,8 @@ def centred_powers(powers_of_x: list[Array], shift: Array) -> list[Array]:
     return [sum_arrays([comb(m, s) * powers[m - s] * powers_of_x[s] for s in range(m + 1)]) for m in range(len(powers))]
 
 
-def finish_rows(
-    xp: Any, values: tuple[float, ...], reading: Reading, centre: Array, live: Array
-) -> tuple[Array, Array, Array, Array]:
-    """Return output (c, e), mean polynomial (c,), moments (c, degree + 1) and magnitude (c,) of a block of rows.
+def finish_rows(xp: Any, values: tuple[float, ...], reading: Reading, centre: Array, live: Array) -> FinishedRows:
+    """Return what a block of rows comes to.
 
     Args:
         xp: Array API namespace.

@@ -5,7 +5,7 @@ Under a causal mask rows are walked backwards, states shrink by subtraction, the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from korder.methods.factors import Plane
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from korder.methods.polynomial import PolynomialKernel
 
 Array = Any
+KeyGradients = tuple[Array, Array]
+"""The gradients of a block of keys' scaled columns (w, c), and their readings (c, e + 1) float64."""
 Running = Callable[[Array, Array], tuple[Array, Array]]
 """(terms (c, rho, e + 1), carry) -> (running sums and carry, the sum of all)."""
 
@@ -34,26 +36,58 @@ def causal_plane_backward(
 
     Numerics:  the state before a block is the one after it less the block's own sum, both float64.
     """
-    xp, order = kernel.xp, kernel.problem.order
-    centre, scales, states = statistics
-    pace = Pace.of(kernel, operands, scales)
-    carries = [states[t, ...] for t in range(order)]
-    flows = [xp.zeros_like(states[t, ...]) for t in range(order)]
-    for start, stop in reversed(list(kernel.blocks(kernel.problem.queries))):
-        places = [(start + shift, stop + shift) for shift in pace.shifts]
-        streams = [keys_block(kernel, plane, t, pace, *place) for t, place in enumerate(places)]
-        seen = [_before(kernel, carry, part) for carry, part in zip(carries, streams, strict=True)]
-        carries = [part.state for part in seen]
-        block = RowsBack(kernel, plane, pace, (start, stop), ProductRows(kernel, seen).counts(), centre, rows)
-        reads = [KeyReads(kernel, part) for part in streams]
-        flows = read_runs(block, seen, reads, flows, kernel.reverse_running, queries=True)
-        block.store_queries(store)
-        for t, place in enumerate(places):
-            _store_keys(plane, t, pace, place, reads.pop(0), store)
-        del block, streams, seen  # before the next block is built
-    for t in range(order):
-        _store_early_keys(kernel, plane, t, pace, flows[t], store)
+    xp, scales = kernel.xp, statistics[1]
+    pace = kernel.pace(operands, scales)
+    walk = kernel.way_back(plane, pace, statistics, rows)
+    for start, stop in reversed(list(walk.blocks())):
+        of_queries, of_keys = walk.block(start, stop)
+        for head, query, gradient in zip(plane.heads, plane.queries, of_queries, strict=True):
+            raw = query.operand_columns(xp, start, stop)
+            store.add_query(plane, head, start, raw, kernel.normalise_columns(gradient, scales[0, ...]))
+        for t, shift in enumerate(pace.shifts):
+            _store_keys(kernel, plane, t, pace, (start + shift, stop + shift), of_keys.pop(0), store)
+    for t, flow in enumerate(walk.flows()):
+        _store_early_keys(kernel, plane, t, pace, flow, store)
         _store_unseen(kernel, plane, t, pace, store)
+
+
+class CausalWalk:
+    """The rows of a plane in blocks, the last one first: states shrink, and their gradients, the flows, grow."""
+
+    def __init__(
+        self,
+        kernel: PolynomialKernel,
+        plane: Plane,
+        pace: Pace,
+        statistics: tuple[Array, Array, Array],
+        rows: RowGradients,
+    ) -> None:
+        order, states = kernel.problem.order, statistics[2]
+        self._kernel, self._plane, self._pace = kernel, plane, pace
+        self._centre, self._rows = statistics[0], rows
+        self._carries = [states[t, ...] for t in range(order)]
+        self._flows = [kernel.xp.zeros_like(states[t, ...]) for t in range(order)]
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Yield the blocks of rows, the first one first."""
+        return self._kernel.blocks(self._kernel.problem.queries)
+
+    def block(self, start: int, stop: int) -> tuple[list[Array], list[KeyGradients]]:
+        """Return the gradients of the heads' columns (w, c), and for each mode those of the keys of these rows."""
+        kernel, pace = self._kernel, self._pace
+        places = [(start + shift, stop + shift) for shift in pace.shifts]
+        streams = [keys_block(kernel, self._plane, t, pace, *place) for t, place in enumerate(places)]
+        seen = [_before(kernel, carry, part) for carry, part in zip(self._carries, streams, strict=True)]
+        self._carries = [part.state for part in seen]
+        counts = ProductRows(kernel, seen).counts()
+        block = RowsBack(kernel, self._plane, pace, (start, stop), counts, self._centre, self._rows)
+        reads = [KeyReads(kernel, part) for part in streams]
+        self._flows = read_runs(block, seen, reads, self._flows, kernel.reverse_running, queries=True)
+        return block.gradients(), [reads.pop(0).gradients() for _ in places]
+
+    def flows(self) -> list[Array]:
+        """Return what the rows so far add to the gradients of the states, (r, e + 1) for each mode."""
+        return self._flows
 
 
 def _before(kernel: PolynomialKernel, carry: Array, part: Stream) -> Seen:
@@ -150,14 +184,19 @@ class RowsBack:
             total = part if total is None else total + part
         return total
 
+    def gradients(self) -> list[Array]:
+        """Return the gradients of the heads' scaled columns (w, c)."""
+        kernel = self.kernel
+        return [
+            kernel.adjoint(columns, features, kernel.xp.concat(parts, axis=0))
+            for columns, features, parts in zip(self.columns, self.features, self._found, strict=True)
+        ]
+
     def store_queries(self, store: GradientStore) -> None:
         """Hand over the gradients of the queries."""
-        kernel, scale = self.kernel, self.pace.scales[0, ...]
-        for head, raw, columns, features, parts in zip(
-            self.plane.heads, self.raws, self.columns, self.features, self._found, strict=True
-        ):
-            gradient = kernel.adjoint(columns, features, kernel.xp.concat(parts, axis=0))
-            store.add_query(self.plane, head, self.start, raw, kernel.normalise_columns(gradient, scale))
+        for head, raw, gradient in zip(self.plane.heads, self.raws, self.gradients(), strict=True):
+            scaled = self.kernel.normalise_columns(gradient, self.pace.scales[0, ...])
+            store.add_query(self.plane, head, self.start, raw, scaled)
 
 
 class KeyReads:
@@ -175,28 +214,25 @@ class KeyReads:
         read = self.kernel.running_read(features, flow)
         self._read = read if self._read is None else self._read + read
 
+    def gradients(self) -> KeyGradients:
+        """Return the gradients of the scaled columns (w, c), and the readings (c, e + 1)."""
+        gradient = self.kernel.xp.concat(self._found, axis=0)
+        assert self._read is not None
+        return self.kernel.adjoint(self.stream.columns, self.stream.features, gradient), self._read
+
     def part(self, plane: Plane, mode: int, pace: Pace, tokens: tuple[int, int]) -> KeyPart:
         """Return the gradients of the keys at `tokens`."""
-        gradient = self.kernel.xp.concat(self._found, axis=0)
-        return key_part(self.kernel, plane, mode, pace, tokens, self.stream, gradient, self._read)
+        return key_part(self.kernel, plane, mode, pace, tokens, self.gradients())
 
 
 def key_part(
-    kernel: PolynomialKernel,
-    plane: Plane,
-    mode: int,
-    pace: Pace,
-    tokens: tuple[int, int],
-    part: Stream,
-    features_gradient: Array,
-    read: Array,
+    kernel: PolynomialKernel, plane: Plane, mode: int, pace: Pace, tokens: tuple[int, int], found: KeyGradients
 ) -> KeyPart:
-    """Return the gradients of keys, given those of their features (r, c) and their readings (c, e + 1)."""
+    """Return the gradients of keys, given those of their scaled columns and their readings."""
     xp = kernel.xp
-    gradient = kernel.adjoint(part.columns, part.features, features_gradient)
-    gradient = kernel.normalise_columns(gradient, pace.scales[mode + 1, ...])
+    gradient = kernel.normalise_columns(found[0], pace.scales[mode + 1, ...])
     raw = plane.keys[mode].operand_columns(xp, *tokens)
-    return raw, gradient, *split_reading(xp, plane, mode, tokens, read * pace.shrinks[mode])
+    return raw, gradient, *split_reading(xp, plane, mode, tokens, found[1] * pace.shrinks[mode])
 
 
 def cut_part(part: KeyPart, low: int, high: int) -> KeyPart:
@@ -206,12 +242,18 @@ def cut_part(part: KeyPart, low: int, high: int) -> KeyPart:
 
 
 def _store_keys(
-    plane: Plane, mode: int, pace: Pace, place: tuple[int, int], read: KeyReads, store: GradientStore
+    kernel: PolynomialKernel,
+    plane: Plane,
+    mode: int,
+    pace: Pace,
+    place: tuple[int, int],
+    found: KeyGradients,
+    store: GradientStore,
 ) -> None:
     """Hand over the gradients of the keys that a block brought into sight, those inside the array."""
     low, high = max(place[0], 0) - place[0], min(place[1], plane.keys[mode].length) - place[0]
     if low < high:
-        part = read.part(plane, mode, pace, place)
+        part = key_part(kernel, plane, mode, pace, place, found)
         store.add_keys(plane, mode, place[0] + low, cut_part(part, low, high))
 
 
@@ -232,7 +274,7 @@ def shared_part(
     xp, part = kernel.xp, keys_block(kernel, plane, mode, pace, *tokens)
     gradient = xp.matmul(flow, xp.permute_dims(part.weighted, (1, 0)))
     read = kernel.product(xp.permute_dims(part.features, (1, 0)), flow)
-    return key_part(kernel, plane, mode, pace, tokens, part, gradient, read)
+    return key_part(kernel, plane, mode, pace, tokens, (kernel.adjoint(part.columns, part.features, gradient), read))
 
 
 def _store_unseen(kernel: PolynomialKernel, plane: Plane, mode: int, pace: Pace, store: GradientStore) -> None:

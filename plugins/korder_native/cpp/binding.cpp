@@ -22,9 +22,16 @@ namespace nb = nanobind;
 namespace {
 
 using korder::Call;
+using korder::Degree;
+using korder::FeatureCall;
+using korder::Finish;
 using korder::Matrix;
 using korder::Mode;
+using korder::Monomials;
+using korder::Number;
+using korder::RunningCall;
 using korder::Table;
+using korder::Work;
 using Address = std::uintptr_t;
 using View = std::tuple<Address, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
 using MaybeView = std::optional<View>;
@@ -100,6 +107,59 @@ bool find_wild(const Table& table, const Call& call, bool backward, Address mark
     return table.find_wild(call, backward, reinterpret_cast<std::uint8_t*>(marks), memory.get());
 }
 
+// Monomials and the arrays that they point at.
+class OwnedMonomials {
+public:
+    explicit OwnedMonomials(std::int64_t width) { table_.width = width, table_.degree = -1; }
+    OwnedMonomials(const OwnedMonomials&) = delete;
+    OwnedMonomials& operator=(const OwnedMonomials&) = delete;
+
+    // Adds the monomials of the next degree, `count` of them; the arrays are copied. See `Degree`.
+    void add(std::int64_t count, Address paths, Address levels) {
+        const std::int64_t degree = ++table_.degree;
+        const auto copied = [](Address from, std::int64_t size) {
+            const auto* first = reinterpret_cast<const std::int32_t*>(from);
+            return std::vector<std::int32_t>(first, first + size);
+        };
+        arrays_.push_back({copied(paths, count * degree), copied(levels, count)});
+        table_.count += count;
+        offsets_.push_back(table_.count);
+        const Arrays& now = arrays_.back();
+        degrees_.push_back({count, now[0].data(), now[1].data()});
+        table_.degrees = degrees_.data(), table_.offsets = offsets_.data();
+    }
+
+    const Monomials* get() const { return &table_; }
+
+private:
+    using Arrays = std::array<std::vector<std::int32_t>, 2>;
+    Monomials table_;
+    std::vector<Arrays> arrays_;
+    std::vector<Degree> degrees_;
+    std::vector<std::int64_t> offsets_ = {0};
+};
+
+template <class Item = void>
+Item* at(const MaybeAddress& address) {
+    return static_cast<Item*>(pointer_of(address));
+}
+
+FeatureCall feature_call(const OwnedMonomials& monomials, bool wide, int threads, std::int64_t tokens,
+                         std::int64_t channels) {
+    FeatureCall call;
+    call.monomials = monomials.get();
+    call.wide = wide, call.tokens = tokens, call.channels = channels;
+    const double work = double(tokens) * double(channels) * double(call.monomials->count) / korder::work_of_a_thread;
+    call.threads = work >= threads ? threads : work > 1 ? int(work) : 1;
+    return call;
+}
+
+void run_features(const Table& table, const FeatureCall& call, Work work) {
+    nb::gil_scoped_release unlocked;
+    const auto memory = memory_of(table.features(call, work, nullptr));
+    table.features(call, work, memory.get());
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -142,8 +202,98 @@ NB_MODULE(_native, m) {
         .def("forward", [](const Table& table, const Call& call) { run(table, call, false); })
         .def("backward", [](const Table& table, const Call& call) { run(table, call, true); })
         .def("find_wild", &find_wild)
+        .def("feature_sums",
+             [](const Table& table, FeatureCall call, const MaybeAddress& shares, Address sums,
+                const MaybeAddress& absolute) {
+                 call.shares = at<double>(shares), call.sums = at<double>(sums), call.absolute = at<double>(absolute);
+                 run_features(table, call, Work::sums);
+             })
+        .def("read_features",
+             [](const Table& table, FeatureCall call, Address entries, Address sums, const Finish* finish) {
+                 call.table = at(entries), call.sums = at<double>(sums), call.finish = finish;
+                 run_features(table, call, Work::reading);
+             }, nb::arg(), nb::arg(), nb::arg(), nb::arg().none())
+        .def("read_running",
+             [](const Table& table, RunningCall call, Address sums, const Finish& finish) {
+                 call.rows.sums = at<double>(sums), call.rows.finish = &finish;
+                 nb::gil_scoped_release unlocked;
+                 const auto memory = memory_of(table.running(call, nullptr));
+                 table.running(call, memory.get());
+             })
+        .def("running_back",
+             [](const Table& table, const RunningCall& call, Address gradient, Address shares,
+                const std::vector<Address>& flows, const std::vector<Address>& of_columns,
+                const std::vector<Address>& of_values) {
+                 korder::RunningBack back;
+                 back.call = call, back.gradient = at<double>(gradient), back.shares = at<double>(shares);
+                 for (int t = 0; t < call.order; ++t)
+                     back.flows[t] = at<double>(flows.at(t)), back.of_values[t] = at<double>(of_values.at(t));
+                 for (int t = 0; t <= call.order; ++t) back.of_columns[t] = at(of_columns.at(t));
+                 nb::gil_scoped_release unlocked;
+                 const auto memory = memory_of(table.running_back(back, nullptr));
+                 table.running_back(back, memory.get());
+             })
+        .def("running_bytes", [](const Table& table, const RunningCall& call) { return table.running(call, nullptr); })
+        .def("feature_gradient",
+             [](const Table& table, FeatureCall call, const MaybeAddress& shares, Address entries, Address gradient) {
+                 call.shares = at<double>(shares), call.table = at(entries), call.gradient = at(gradient);
+                 run_features(table, call, Work::gradient);
+             })
+        .def("column_facts",
+             [](const Table& table, const FeatureCall& call, const MaybeAddress& weights, Address peaks,
+                Address totals) {
+                 nb::gil_scoped_release unlocked;
+                 const auto token = memory_of(call.monomials->width * 8);
+                 table.column_facts(call, at<double>(weights), at<double>(peaks), at<double>(totals),
+                                    reinterpret_cast<double*>(token.get()));
+             })
+        .def("token_products",
+             [](const Table& table, const FeatureCall& call, Address factors, Address products) {
+                 nb::gil_scoped_release unlocked;
+                 const auto token = memory_of(call.monomials->width * 8);
+                 table.token_products(call, at<double>(factors), at<double>(products), reinterpret_cast<double*>(token.get()));
+             })
+        .def("feature_bytes", [](const Table& table, const FeatureCall& call, int work) {
+            return table.features(call, Work(work), nullptr);
+        })
         .def("exponential", [](const Table& table, bool wide, Address numbers, std::int64_t count) {
             table.exponential(wide, reinterpret_cast<void*>(numbers), count);
+        });
+
+    nb::class_<OwnedMonomials>(m, "Monomials")
+        .def(nb::init<std::int64_t>())
+        .def("add", &OwnedMonomials::add);
+    nb::class_<Finish>(m, "Finish")
+        .def("__init__", [](Finish* finish, Address coefficients, Address factors, Address sizes, Address size_factors,
+                            Address centres, Address live, Address moments, Address magnitude) {
+            new (finish) Finish{at<double>(coefficients), at<double>(factors), at(sizes), at<double>(size_factors),
+                                at<double>(centres), at<std::uint8_t>(live), at<double>(moments), at<double>(magnitude)};
+        });
+    nb::class_<FeatureCall>(m, "FeatureCall")
+        .def("__init__",
+             [](FeatureCall* call, const OwnedMonomials& monomials, bool wide, int threads, std::int64_t tokens,
+                std::int64_t channels) {
+                 new (call) FeatureCall(feature_call(monomials, wide, threads, tokens, channels));
+             }, nb::keep_alive<1, 2>())
+        .def("set_columns",
+             [](FeatureCall& call, const View& rows, int number, const MaybeAddress& factors, const MaybeAddress& open) {
+                 call.columns = {matrix_of(rows), Number(number), at<double>(factors), at<std::uint8_t>(open)};
+             })
+        .def("set_values",
+             [](FeatureCall& call, const View& rows, int number, bool appends, const MaybeAddress& weights) {
+                 call.values = {matrix_of(rows), Number(number), appends, at<double>(weights)};
+             });
+
+    nb::class_<RunningCall>(m, "RunningCall")
+        .def("__init__",
+             [](RunningCall* call, const FeatureCall& rows, const MaybeAddress& weights) {
+                 new (call) RunningCall();
+                 call->rows = rows, call->weights = at(weights);
+             }, nb::keep_alive<1, 2>())
+        .def("add_mode", [](RunningCall& call, const FeatureCall& keys, std::int64_t first, const MaybeAddress& sums,
+                            const MaybeAddress& absolute) {
+            if (call.order == korder::max_order) throw nb::value_error("too many modes");
+            call.modes[call.order++] = {keys.columns, keys.values, first, keys.tokens, at<double>(sums), at<double>(absolute)};
         });
 
     m.def("kernels", &table_of, nb::rv_policy::reference);

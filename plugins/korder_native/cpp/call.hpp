@@ -7,6 +7,7 @@
 namespace korder {
 
 constexpr int max_order = 4;
+constexpr double work_of_a_thread = 1 << 20;  // multiplications below which another thread does not pay
 
 enum class Kind : int { full, causal, window, ordered };
 enum class Number : int { float32, float64, bfloat16 };

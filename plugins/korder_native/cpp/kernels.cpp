@@ -1,7 +1,13 @@
 // The kernels of one instruction set; compiled once for each, with KORDER_ISA and the compiler's flags set to it.
 #include "backward.hpp"
+#include "feature_gradient.hpp"
+#include "feature_reading.hpp"
+#include "feature_running.hpp"
+#include "feature_running_back.hpp"
+#include "feature_sums.hpp"
 #include "forward.hpp"
 #include "table.hpp"
+#include "token_facts.hpp"
 #include "wild.hpp"
 
 namespace korder::KORDER_ISA {
@@ -38,6 +44,36 @@ bool find_wild(const Call& call, bool backward, std::uint8_t* marks, char* memor
                      : Wild<float, std::int32_t>(call, backward).find(marks, memory);
 }
 
+// Without memory a kernel only says how much it would take.
+template <class Kernel>
+std::int64_t run_in(const Kernel& kernel, char* memory) {
+    if (memory) kernel.run(memory);
+    return kernel.bytes();
+}
+
+template <class Real>
+std::int64_t features_in(const FeatureCall& call, Work work, char* memory) {
+    switch (work) {
+        case Work::sums: return run_in(FeatureSums<Real>(call), memory);
+        case Work::reading: return run_in(FeatureReading<Real>(call), memory);
+        case Work::gradient: return run_in(FeatureGradient<Real>(call), memory);
+    }
+    return 0;
+}
+
+std::int64_t features(const FeatureCall& call, Work work, char* memory) {
+    return call.wide ? features_in<double>(call, work, memory) : features_in<float>(call, work, memory);
+}
+
+std::int64_t running(const RunningCall& call, char* memory) {
+    return call.rows.wide ? run_in(FeatureRunning<double>(call), memory) : run_in(FeatureRunning<float>(call), memory);
+}
+
+std::int64_t running_back(const RunningBack& back, char* memory) {
+    return back.call.rows.wide ? run_in(FeatureRunningBack<double>(back), memory)
+                               : run_in(FeatureRunningBack<float>(back), memory);
+}
+
 template <class Real>
 void exponential_in_place(Real* numbers, std::int64_t count) {
     constexpr int width = Vector<Real>::width;
@@ -64,6 +100,7 @@ void exponential_of(bool wide, void* numbers, std::int64_t count) {
 
 extern const Table table;
 const Table table = {KORDER_TEXT(KORDER_ISA), KORDER_VECTOR_BYTES, forward_bytes, forward, backward_bytes,
-                     backward, wild_bytes, find_wild, exponential_of};
+                     backward, wild_bytes, find_wild, features, running, running_back, column_facts, token_products,
+                     exponential_of};
 
 }  // namespace korder::KORDER_ISA

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "call.hpp"
+#include "monomials.hpp"
 
 namespace korder {
 
@@ -14,6 +15,14 @@ struct Table {
     void (*backward)(const Call&, char* memory);
     std::int64_t (*wild_bytes)(const Call&, bool backward);
     bool (*find_wild)(const Call&, bool backward, std::uint8_t* marks, char* memory);
+
+    // Without memory these only say how much they would take.
+    std::int64_t (*features)(const FeatureCall&, Work, char* memory);
+    std::int64_t (*running)(const RunningCall&, char* memory);
+    std::int64_t (*running_back)(const RunningBack&, char* memory);
+
+    void (*column_facts)(const FeatureCall&, const double* weights, double* peaks, double* totals, double* token);
+    void (*token_products)(const FeatureCall&, const double* factors, double* to, double* token);
     void (*exponential)(bool wide, void* numbers, std::int64_t count);
 };
 

@@ -9,7 +9,6 @@ namespace korder::KORDER_ISA {
 
 constexpr std::int64_t chunk_bytes = 4 << 20;  // of packed keys and values, at most
 constexpr std::int64_t least_chunk = 64 << 10;  // the same where memory is short
-constexpr double work_of_a_thread = 1 << 20;   // multiplications below which another thread does not pay
 
 // Threads meet seldom: on a busy machine each meeting may wait for a thread that the system has put aside.
 struct Team {

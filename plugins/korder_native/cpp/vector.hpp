@@ -31,6 +31,7 @@ struct Vector<float> {
     typedef float type __attribute__((vector_size(KORDER_VECTOR_BYTES)));
     typedef float loose __attribute__((vector_size(KORDER_VECTOR_BYTES), aligned(4), may_alias));
     typedef std::int32_t bits __attribute__((vector_size(KORDER_VECTOR_BYTES)));
+    static constexpr std::int32_t magnitude = 0x7fffffff;  // all bits but the sign
     static constexpr int width = KORDER_VECTOR_BYTES / 4;
 };
 
@@ -39,6 +40,7 @@ struct Vector<double> {
     typedef double type __attribute__((vector_size(KORDER_VECTOR_BYTES)));
     typedef double loose __attribute__((vector_size(KORDER_VECTOR_BYTES), aligned(8), may_alias));
     typedef std::int64_t bits __attribute__((vector_size(KORDER_VECTOR_BYTES)));
+    static constexpr std::int64_t magnitude = 0x7fffffffffffffff;
     static constexpr int width = KORDER_VECTOR_BYTES / 8;
 };
 
@@ -63,6 +65,12 @@ KORDER_INLINE vec<Real> spread(Real value) {
 template <class Real>
 KORDER_INLINE vec<Real> larger(vec<Real> left, vec<Real> right) {
     return left > right ? left : right;
+}
+
+template <class Real>
+KORDER_INLINE vec<Real> absolute(vec<Real> value) {
+    typedef typename Vector<Real>::bits bits;
+    return vec<Real>(bits(value) & Vector<Real>::magnitude);
 }
 
 // The sum, and the largest, of the lanes, in a fixed order.

@@ -15,6 +15,8 @@ from korder_native import _native
 Array = Any
 View = tuple[int, int, int, int, int]
 """Address, then strides in elements of batch, head, row and column; 0 along an axis that is shared."""
+NUMBERS = {"float32": 0, "float64": 1, "bfloat16": 2}
+"""The kernels' numbers of dtypes."""
 _LOADED_IN = os.getpid()
 
 
@@ -40,6 +42,12 @@ def view(array: Array) -> View:
     """Return where a readable array (b, h, n, width) lies."""
     batch, head, row, column = _strides(array)
     return _address(array), batch, head, row, column
+
+
+def plain_view(array: Array) -> View:
+    """Return where a readable matrix (n, width) lies."""
+    row, column = _strides(array)
+    return _address(array), 0, 0, row, column
 
 
 def mask_view(array: Array | None) -> View | None:

@@ -14,6 +14,21 @@ _EXACT = MethodSupport(
     key_masks=True,
     backward=True,
 )
+_POLYNOMIAL = MethodSupport(
+    "polynomial",
+    masks=frozenset({"full", "causal"}),
+    biases=frozenset({"key"}),
+    weights=frozenset({"cp", "full"}),
+    key_masks=True,
+    backward=True,
+    closed_form=frozenset({"full"}),
+    pruned=frozenset({"full", "causal"}),
+)
+
+
+def wanted_isa() -> str:
+    """Return the instruction set that `KORDER_NATIVE_ISA` names; empty for the best one."""
+    return os.environ.get("KORDER_NATIVE_ISA", "")
 
 
 class NativeBackend(Backend):
@@ -30,7 +45,7 @@ class NativeBackend(Backend):
             orders=frozenset({1, 2, 3, 4}),
             dtypes=frozenset({"bfloat16", "float32", "float64"}),
             devices=frozenset({"cpu"}),
-            methods=(_EXACT,),
+            methods=(_EXACT, _POLYNOMIAL),
             grouped_heads=True,
             accumulation=frozenset({"float32", "float64"}),
         )
@@ -40,7 +55,7 @@ class NativeBackend(Backend):
         found = Availability.of_packages(
             "korder_native._native", remedy="install a C++ compiler, then pip install --force-reinstall korder-native"
         )
-        wanted = os.environ.get("KORDER_NATIVE_ISA", "")
+        wanted = wanted_isa()
         if not found.available or not wanted:
             return found
         from korder_native import _native
@@ -54,6 +69,10 @@ class NativeBackend(Backend):
 
     def compile(self, plan: Plan) -> Kernel:
         """Return the kernel of a plan."""
+        if plan.method == "polynomial":
+            from korder_native.polynomial import NativePolynomialKernel
+
+            return NativePolynomialKernel(plan)
         from korder_native.exact import NativeExactKernel
 
-        return NativeExactKernel(plan, os.environ.get("KORDER_NATIVE_ISA", ""))
+        return NativeExactKernel(plan, wanted_isa())

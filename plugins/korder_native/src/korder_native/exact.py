@@ -10,6 +10,7 @@ import numpy as np
 from korder.spi import ExactKernel, KernelOutput, OperandGradients, Operands, OutputGradients, Plan
 from korder_native import _native
 from korder_native.arrays import (
+    NUMBERS,
     address,
     cast,
     dense,
@@ -26,7 +27,6 @@ from korder_native.key_heads import KeyHead
 
 Array = Any
 _KINDS = {"full": 0, "causal": 1, "window": 2, "ordered": 3}
-_NUMBERS = {"float32": 0, "float64": 1, "bfloat16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +261,7 @@ class NativeExactKernel:
         problem, mask = self.problem, self.problem.spec.mask
         call = _native.Call()
         call.order, call.before = problem.order, self.modes[-1]
-        call.kind, call.number = _KINDS[mask.kind], _NUMBERS[problem.dtype]
+        call.kind, call.number = _KINDS[mask.kind], NUMBERS[problem.dtype]
         call.wide = problem.accumulation == "float64"
         call.threads, call.memory = thread_count(), max(self.limit - beside, 0)
         call.batch, call.heads, call.groups = problem.batch, problem.heads, problem.groups
