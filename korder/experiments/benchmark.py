@@ -11,7 +11,7 @@ from typing import Any
 
 from korder.dispatch.registry import default_registry
 from korder.errors import BackendUnavailableError, SpecError, UnsupportedProblemError
-from korder.experiments import benchmark_native, benchmark_rows, benchmark_torch
+from korder.experiments import benchmark_native, benchmark_native_polynomial, benchmark_rows, benchmark_torch
 from korder.experiments.benchmark_cases import Disagreement
 from korder.experiments.benchmark_figures import Measured, Point, Settings
 from korder.experiments.benchmark_polynomial import LONG_ROWS
@@ -55,7 +55,7 @@ Table = Mapping[str, Callable[[Settings], Measured]]
 TABLES: dict[str, Table] = {
     "torch": benchmark_torch.ROWS,
     "cuda": benchmark_torch.CUDA_ROWS,
-    "native": benchmark_native.ROWS,
+    "native": {**benchmark_native.ROWS, **benchmark_native_polynomial.ROWS},
 }
 """The rows of the backends that have a table of their own; the others have the generic one."""
 

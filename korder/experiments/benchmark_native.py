@@ -69,7 +69,7 @@ class Turn:
     points: tuple[Point, ...] = ()
 
 
-def _turns(settings: Settings, *works: Work) -> list[float]:
+def turns_of(settings: Settings, *works: Work) -> list[float]:
     """Return the median seconds of works that take turns, with a rest after each."""
     rest: Work = lambda: time.sleep(REST)  # noqa: E731
     return median_seconds(settings.repeats, *(part for work in works for part in (work, rest)))[::2]
@@ -89,7 +89,7 @@ def products(dtype: str) -> list[Work]:
     return found
 
 
-def _measured(turns: list[Turn], unit: str, *, most: bool = False) -> Measured:
+def measured(turns: list[Turn], unit: str, *, most: bool = False) -> Measured:
     """Return a row of several sizes, each with a target."""
     sign = "<=" if most else ">="
     met = all(turn.ratio <= turn.target if most else turn.ratio >= turn.target for turn in turns)
@@ -108,14 +108,14 @@ def roofs(settings: Settings) -> Roofs:
     """Return what this machine's best products and copies in memory reach, on all cores."""
     of_dtype = {dtype: products(dtype) for dtype in ("float32", "float64")}
     return measured_roofs(
-        lambda *works: _turns(settings, *works), of_dtype, QUICK_COPIED if settings.quick else COPIED, usable_cores()
+        lambda *works: turns_of(settings, *works), of_dtype, QUICK_COPIED if settings.quick else COPIED, usable_cores()
     )
 
 
 def _against_ceiling(name: str, case: Case, settings: Settings, target: float, *, backward: bool = False) -> Turn:
     dtype = case.plan.problem.dtype
     work, flops = _work(case, backward)
-    ours, *ceilings = _turns(settings, work, *products(dtype))
+    ours, *ceilings = turns_of(settings, work, *products(dtype))
     ceiling, rate = CEILING_FLOPS / min(ceilings), flops / ours
     detail = f"{time_text(ours)}, {rate / 1e9:.0f} of {ceiling / 1e9:.0f} GF/s"
     return Turn(name, rate / ceiling, target, detail, (point_of(name, case, ours, backward=backward),))
@@ -148,7 +148,7 @@ def _of_ceiling(settings: Settings, cases: list[tuple[str, Case, float]]) -> Mea
     for name, case, target in cases:
         require_forward(case)
         turns.append(_against_ceiling(name, case, settings, target))
-    return _measured(turns, "of the ceiling")
+    return measured(turns, "of the ceiling")
 
 
 def order_3(settings: Settings) -> Measured:
@@ -156,7 +156,7 @@ def order_3(settings: Settings) -> Measured:
     n = 24 if settings.quick else 96
     case, other = (make_case(_ORDERS[3], n, 64, backend) for backend in (settings.backend, "numpy"))
     require_same("the output", case.forward().output, other.forward().output)
-    return _measured([_against_ceiling(f"n = {n}", case, settings, 0.70)], "of the ceiling")
+    return measured([_against_ceiling(f"n = {n}", case, settings, 0.70)], "of the ceiling")
 
 
 def float64(settings: Settings) -> Measured:
@@ -169,7 +169,7 @@ def float64(settings: Settings) -> Measured:
     turns = [
         _against_ceiling(name, case, settings, 0.65, backward=name == "backward") for name in ("forward", "backward")
     ]
-    return _measured(turns, f"of the ceiling, n = {n}")
+    return measured(turns, f"of the ceiling, n = {n}")
 
 
 def bfloat16(settings: Settings) -> Measured:
@@ -191,12 +191,14 @@ def bfloat16(settings: Settings) -> Measured:
     require_forward(wide)
     require_same("the output", saved.output, its.output, BFLOAT16_ERROR)
     require_same("the query's gradient", narrow.backward(saved).query, wide.backward(its).query, BFLOAT16_ERROR)
-    seconds = _turns(settings, narrow.forward, wide.forward, lambda: narrow.backward(saved), lambda: wide.backward(its))
+    seconds = turns_of(
+        settings, narrow.forward, wide.forward, lambda: narrow.backward(saved), lambda: wide.backward(its)
+    )
     turns = []
     for name, (ours, of_wide) in zip(("forward", "backward"), (seconds[:2], seconds[2:]), strict=True):
         points = (point_of(name, narrow, ours, backward=name == "backward"),)
         turns.append(Turn(name, of_wide / ours, 1.5, f"{time_text(ours)}, float32 {time_text(of_wide)}", points))
-    found = _measured(turns, f"x float32, n = {n}")
+    found = measured(turns, f"x float32, n = {n}")
     if has_cpu_flag("avx512_bf16"):
         return found
     return replace(found, met=None, detail=f"widened, this processor does not multiply bfloat16; {found.detail}")
@@ -207,7 +209,7 @@ def backward(settings: Settings) -> Measured:
     case = make_case(_ORDERS[2], 96 if settings.quick else 480, 64, settings.backend)
     require_backward(case, case.forward(save=True))
     turn = _against_ceiling(f"n = {case.plan.problem.queries}", case, settings, 0.78, backward=True)
-    return _measured([turn], "of the ceiling")
+    return measured([turn], "of the ceiling")
 
 
 def causal(settings: Settings) -> Measured:
@@ -218,10 +220,10 @@ def causal(settings: Settings) -> Measured:
     )
     for case in (full, masked):
         require_forward(case)
-    of_full, of_masked = _turns(settings, full.forward, masked.forward)
+    of_full, of_masked = turns_of(settings, full.forward, masked.forward)
     detail = f"causal {time_text(of_masked)}, full {time_text(of_full)}"
     points = point_of("full", full, of_full), point_of("causal", masked, of_masked)
-    return _measured([Turn(f"n = {n}", of_masked / of_full, 0.40, detail, points)], "of the full time", most=True)
+    return measured([Turn(f"n = {n}", of_masked / of_full, 0.40, detail, points)], "of the full time", most=True)
 
 
 def _no_torch(target: str) -> Measured | None:
@@ -257,7 +259,7 @@ def sdpa_forward(settings: Settings) -> Measured:
         case = make_case(_ORDERS[2], n, 64, settings.backend)
         require_forward(case)
         turns.append(_against_peer(f"n = {n}", case, _peer(case)[0], settings, target))
-    return _measured(turns, "x its speed")
+    return measured(turns, "x its speed")
 
 
 def order_1(settings: Settings) -> Measured:
@@ -269,13 +271,13 @@ def order_1(settings: Settings) -> Measured:
     for name, spec in (("full", _ORDERS[1]), ("causal", AttentionSpec(order=1, mask=Causal()))):
         case = make_case(spec, n, 64, settings.backend)
         turns.append(_against_peer(name, case, _peer(case, causal=name == "causal")[0], settings, 2.0))
-    return _measured(turns, f"x its speed, n = {n}")
+    return measured(turns, f"x its speed, n = {n}")
 
 
 def _against_peer(name: str, case: Case, peer: Callable[[], Any], settings: Settings, target: float) -> Turn:
     with import_module("torch").no_grad():
         require_same("torch's output", peer(), case.forward().output)
-        ours, theirs = _turns(settings, case.forward, peer)
+        ours, theirs = turns_of(settings, case.forward, peer)
     detail = f"{time_text(ours)} here, {time_text(theirs)} torch"
     return Turn(name, theirs / ours, target, detail, (point_of(name, case, ours),))
 
@@ -295,10 +297,10 @@ def sdpa_backward(settings: Settings) -> Measured:
     output, cotangent = peer(), torch.from_numpy(np.asarray(case.cotangent))
     work: Callable[[], Any] = lambda: torch.autograd.grad(output, operands, cotangent, retain_graph=True)  # noqa: E731
     require_same("torch's gradient of the query", work()[0], case.backward(saved).query)
-    ours, theirs = _turns(settings, lambda: case.backward(saved), work)
+    ours, theirs = turns_of(settings, lambda: case.backward(saved), work)
     detail = f"{time_text(ours)} here, {time_text(theirs)} torch"
     points = (point_of(f"n = {n}", case, ours, backward=True),)
-    return _measured([Turn(f"n = {n}", theirs / ours, 2.6, detail, points)], "x its speed")
+    return measured([Turn(f"n = {n}", theirs / ours, 2.6, detail, points)], "x its speed")
 
 
 def torch_backend(settings: Settings) -> Measured:
@@ -310,13 +312,13 @@ def torch_backend(settings: Settings) -> Measured:
     case, other = (make_case(_ORDERS[2], n, 64, backend) for backend in (settings.backend, "torch"))
     saved, its = case.forward(save=True), other.forward(save=True)
     require_same("the torch backend's output", its.output, saved.output)
-    seconds = _turns(settings, case.forward, other.forward, lambda: case.backward(saved), lambda: other.backward(its))
+    seconds = turns_of(settings, case.forward, other.forward, lambda: case.backward(saved), lambda: other.backward(its))
     turns = []
     for name, (ours, theirs) in zip(("forward", "backward"), (seconds[:2], seconds[2:]), strict=True):
         detail = f"{time_text(ours)} here, {time_text(theirs)} there"
         points = (point_of(name, case, ours, backward=name == "backward"),)
         turns.append(Turn(name, theirs / ours, 1.0, detail, points))
-    return _measured(turns, f"x its speed, n = {n}")
+    return measured(turns, f"x its speed, n = {n}")
 
 
 _MEMORY_PROGRAM = """
@@ -368,7 +370,7 @@ def memory(settings: Settings) -> Measured:
                 )
             shown = f"{mib_text(growth)}, {mib_text(declared)} declared"
             turns.append(Turn(f"order {order} {direction}", growth / threads / 2**20, MIB_A_THREAD, shown))
-    return _measured(turns, f"MiB a thread, {threads} threads", most=True)
+    return measured(turns, f"MiB a thread, {threads} threads", most=True)
 
 
 ROWS = {

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from korder.experiments import benchmark_native
+from korder.experiments import benchmark_native, benchmark_native_polynomial
 from korder.experiments.benchmark import run_benchmark
 from korder.spec.runs import BenchmarkRun
 from korder_native.exact import NativeExactKernel
+from korder_native.polynomial import NativePolynomialKernel
 
 ROWS = tuple(benchmark_native.ROWS)
+POLYNOMIAL_ROWS = tuple(benchmark_native_polynomial.ROWS)
 
 
 @pytest.fixture(autouse=True)
@@ -36,15 +38,15 @@ def verdicts(*rows: str) -> dict[str, str]:
 
 
 def test_rows_run() -> None:
-    found = verdicts(*ROWS)
-    assert set(found) == set(ROWS)
+    found = verdicts(*ROWS, *POLYNOMIAL_ROWS)
+    assert set(found) == {*ROWS, *POLYNOMIAL_ROWS}
     assert found.pop("bfloat16") in ("met", "missed", "not judged")
     assert set(found.values()) <= {"met", "missed"}, found
 
 
 def test_the_roofline_shows_every_row_that_has_a_speed(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    names = ("order-1", "order-3", "bfloat16", "sdpa-backward")
+    names = ("order-1", "order-3", "bfloat16", "sdpa-backward", *POLYNOMIAL_ROWS)
     run = BenchmarkRun(schema_version=1, kind="benchmark", rows=names, quick=True, repeats=1, backend="native")
     path = tmp_path / "roofs.svg"
     report = run_benchmark(run, plot=path)
@@ -65,24 +67,25 @@ def test_bfloat16_is_judged_only_where_the_processor_has_it(monkeypatch: pytest.
     assert verdicts("bfloat16")["bfloat16"] in ("met", "missed")
 
 
-def test_a_wrong_output_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = NativeExactKernel.forward
-
-    def wrong(self: Any, operands: Any, **options: Any) -> Any:
-        found = right(self, operands, **options)
-        return replace(found, output=found.output * 1.001)
-
-    monkeypatch.setattr(NativeExactKernel, "forward", wrong)
-    rows = [name for name in ROWS if name not in ("backward", "memory")]
-    assert set(verdicts(*rows).values()) == {"WRONG OUTPUT"}
-
-
-def test_a_wrong_gradient_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = NativeExactKernel.backward
+def damage(monkeypatch: pytest.MonkeyPatch, kernel: type[Any], direction: str, field: str) -> None:
+    right = getattr(kernel, direction)
 
     def wrong(self: Any, *arguments: Any, **options: Any) -> Any:
         found = right(self, *arguments, **options)
-        return replace(found, query=found.query * 1.001)
+        return replace(found, **{field: getattr(found, field) * 1.001})
 
-    monkeypatch.setattr(NativeExactKernel, "backward", wrong)
-    assert set(verdicts("backward", "sdpa-backward").values()) == {"WRONG OUTPUT"}
+    monkeypatch.setattr(kernel, direction, wrong)
+
+
+def test_a_wrong_output_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    damage(monkeypatch, NativeExactKernel, "forward", "output")
+    rows = [name for name in ROWS if name not in ("backward", "memory")]
+    assert set(verdicts(*rows).values()) == {"WRONG OUTPUT"}
+    damage(monkeypatch, NativePolynomialKernel, "forward", "output")
+    assert verdicts("polynomial-forward") == {"polynomial-forward": "WRONG OUTPUT"}
+
+
+def test_a_wrong_gradient_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    damage(monkeypatch, NativeExactKernel, "backward", "query")
+    damage(monkeypatch, NativePolynomialKernel, "backward", "query")
+    assert set(verdicts("backward", "sdpa-backward", "polynomial-backward").values()) == {"WRONG OUTPUT"}
