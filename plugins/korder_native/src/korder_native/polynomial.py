@@ -21,11 +21,11 @@ from korder_native.arrays import (
     thread_count,
 )
 from korder_native.backend import wanted_isa
-from korder_native.running import Laid, WayBack, WayForward
+from korder_native.running import FORWARD_BLOCK, Laid, WayBack, WayForward
 
 Array = Any
-BLOCK = 4096
-"""Tokens that go through the kernels together, whatever smaller blocks the plan has for kernels that keep features."""
+BLOCK_BYTES, LONGEST_BLOCK = 2 << 20, 16384
+"""What the results of a block may take, and its tokens; plans have smaller ones, for kernels that keep features."""
 _SUMS, _READING, _GRADIENT = range(3)
 
 
@@ -72,15 +72,28 @@ class Passes(PolynomialKernel):
         """Return the bytes beyond inputs and outputs of a forward, on as many threads as it would now."""
         problem, item = self.problem, 8 if self.problem.accumulation == "float64" else 4
         features, channels, degrees = self.table.features, problem.value_width + 1, self.table.degree + 1
-        tokens = min(self._tokens(), max(problem.queries, *problem.lengths, 1))
+        running = problem.spec.mask.kind != "full"
+        tokens = min(FORWARD_BLOCK if running else self._tokens(), max(problem.queries, *problem.lengths, 1))
         states = 8 * features * (channels + 1) * problem.order
+        block = tokens * (self.table.width * 2 * item + 8 * (channels + 4 * degrees)) + 8 * sum(problem.lengths)
+        if running:
+            # other heads of a key head read copies; weights and their running totals stand beside the keys
+            copies = states if problem.heads > problem.groups else 0
+            table = features * (4 * 8 + item) + 16 * sum(problem.lengths)
+            return int(states + copies + table + block + self.kernels.running_bytes(self._running_call(tokens)))
         table = features * (channels + 1) * (3 * 8 + item)
-        block = tokens * (self.table.width * (8 + 2 * item) + channels * (8 + 2 * item) + 8 * 8 * degrees)
         kernels = max(self.kernels.feature_bytes(self.call(tokens), work) for work in (_SUMS, _READING))
         return int(states + max(table, block + features * (channels + 1) * item + kernels))
 
+    def _running_call(self, rows: int) -> Any:
+        call = _native.RunningCall(self.call(rows), None)
+        for _ in range(self.problem.order):
+            call.add_mode(self.call(rows), 0, None, None)
+        return call
+
     def _tokens(self) -> int:
-        return max(self.polynomial.chunk, BLOCK)
+        wanted = BLOCK_BYTES // (8 * (self.problem.value_width + 1)) // 256 * 256
+        return max(self.polynomial.chunk, min(wanted, LONGEST_BLOCK))
 
     def blocks(self, length: int) -> Iterator[tuple[int, int]]:
         """Yield the blocks of tokens that go through the kernels together."""
@@ -266,8 +279,8 @@ class Passes(PolynomialKernel):
 class NativePolynomialKernel:
     """The polynomial method on NumPy arrays and PyTorch tensors, features never in memory.
 
-    Cost:      2 (k + 1) n r (e + 1) flop forward and twice that backward; workspace k r (e + 1) and what blocks of 4096
-        tokens take.
+    Cost:      2 (k + 1) n r (e + 1) flop forward and twice that backward; workspace k r (e + 1) and a few MiB for a
+        block of tokens.
     Numerics:  as korder's generic kernel: at most 256 terms in `problem.accumulation`, then float64.
     Source:    Alman & Song, arXiv 2310.04064; `korder.spi.PolynomialKernel`.
     """
