@@ -63,6 +63,16 @@ SHIPPED: Mapping[str, Rates] = {
         exact_call=1.4e-3,
         call=2e-2,
     ),
+    "native": Rates(
+        exact=1.1e11,
+        exponentials=2.0e9,
+        polynomial=5.0e10,
+        wide=4.1e10,
+        running=2.2e9,
+        rows=4.0,
+        exact_call=2.3e-4,
+        call=3.7e-3,
+    ),
     # the same on one H100, float32, beside other work, but `wide` and `rows`; its calls are what takes the time
     "cuda": Rates(
         exact=4.1e12,

@@ -41,6 +41,7 @@ def _jax_array(array: np.ndarray) -> Any:
 MAKERS: dict[str, Maker] = {
     "numpy": lambda array: array,
     "torch": _tensor,
+    "native": lambda array: array,
     "cuda": partial(_tensor, device="cuda"),
     "jax": _jax_array,
 }
