@@ -86,12 +86,18 @@ class Passes(PolynomialKernel):
         """Return the bytes beyond inputs and outputs of a forward, on as many threads as it would now."""
         problem, item = self.problem, 8 if self.problem.accumulation == "float64" else 4
         features, channels, degrees = self.table.features, problem.value_width + 1, self.table.degree + 1
+        highest = features - self.table.offsets[-2]
         tokens = min(self._tokens(), max(problem.queries, *problem.lengths, 1))
+        rows = 8 * problem.batch * problem.heads * problem.queries
+        weights = 48 * max(problem.lengths) if any((*problem.biases, *problem.key_masks)) else 0
         states = 8 * features * (channels + 1) * problem.order
-        table = features * (channels + 1) * (3 * 8 + item)
-        block = tokens * (self.table.width * (8 + 2 * item) + channels * (8 + 2 * item) + 8 * 8 * degrees)
+        table = 8 * channels * max((problem.order + 1) * features, features + 4 * highest) + highest * channels
+        block = tokens * (8 * (channels + degrees + 1) + item * problem.value_width)
+        if problem.weight != "none":
+            block += tokens * self.table.width * (8 + 2 * item)
         kernels = max(self.kernels.feature_bytes(self._call(tokens), work) for work in (_SUMS, _READING))
-        return int(states + max(table, block + features * (channels + 1) * item + kernels))
+        passes = states + weights + max(table, block + features * (channels + 1) * item + kernels)
+        return int(max(3 * rows + passes, 7 * rows))  # rows: centres, weights and means; at the end lse out of them
 
     def _tokens(self) -> int:
         return max(self.polynomial.chunk, BLOCK)
