@@ -1,7 +1,7 @@
 """The polynomial method by its definition: explicit scores of all tuples, P of the centred ones, plain sums.
 
-Shares nothing with the kernels: no monomials, no scales, no blocks. Runs on NumPy arrays of any dtype and, for gradients, on
-PyTorch tensors.
+Shares nothing with the kernels: no monomials, no scales, no blocks. Runs on NumPy arrays of any dtype and, for
+gradients, on PyTorch tensors.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def random_polynomial(
     scale: float = 0.2,
     **method: Any,
 ) -> PolynomialCase:
-    """A problem with a different tensor in every place; masks are by group or shared, biases key, shared, closed or None."""
+    """A problem with a different tensor in every place; masks: group, shared; biases: key, shared, closed."""
     rng = np.random.default_rng(seed)
     (h, g), lengths = heads, lengths or (13, 7, 5, 3)[:order]
     kinds = (biases or (None,) * order)[:order]
@@ -262,7 +262,7 @@ def every_array(found: Any) -> dict[str, Array]:
 
 
 def assert_alike(found: Any, other: Any, limit: float) -> None:
-    """Assert that two outputs, or two sets of gradients, agree to a limit relative to the largest entry of each array."""
+    """Assert that outputs, or sets of gradients, agree to a limit relative to the largest entry of each array."""
     one, two = every_array(found), every_array(other)
     assert one.keys() == two.keys()
     for name, wanted in two.items():

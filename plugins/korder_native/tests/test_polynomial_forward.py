@@ -1,4 +1,4 @@
-"""The polynomial method's forward against its definition: orders, heads, masks, biases, weights, numbers of any size."""
+"""The polynomial method's forward against its definition: orders, masks, biases, weights, sizes of numbers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from korder_numpy.backend import NumpyBackend
 from polynomial_reference import (
     PolynomialCase,
     assert_alike,
@@ -24,7 +25,6 @@ import korder
 from korder.spi import Operands
 from korder_native import polynomial
 from korder_native.backend import NativeBackend
-from korder_numpy.backend import NumpyBackend
 
 Array = Any
 EPS = {"float32": 1e-5, "float64": 1e-12}
