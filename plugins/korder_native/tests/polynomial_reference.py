@@ -261,11 +261,11 @@ def every_array(found: Any) -> dict[str, Array]:
     return named
 
 
-def assert_alike(found: Any, other: Any, limit: float) -> None:
-    """Assert that outputs, or sets of gradients, agree to a limit relative to the largest entry of each array."""
+def assert_alike(found: Any, other: Any, limit: float, least: float = 0.0) -> None:
+    """Assert that outputs, or gradients, agree to a limit relative to each array's largest entry, or to `least`."""
     one, two = every_array(found), every_array(other)
     assert one.keys() == two.keys()
     for name, wanted in two.items():
-        largest = float(np.max(np.abs(wanted[np.isfinite(wanted)]), initial=0.0))
+        largest = float(np.max(np.abs(wanted[np.isfinite(wanted)]), initial=least))
         wrong = error(one[name], wanted)
         assert wrong <= limit * largest, f"{name}: difference {wrong:.3e}, largest entry {largest:.3e}"
