@@ -211,7 +211,7 @@ def test_tensors_get_the_gradients_of_arrays(isa: str) -> None:
         assert np.allclose(leaf.grad, array, rtol=0, atol=1e-12 * np.max(np.abs(array)))
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.data())
 def test_problems_by_chance(data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:

@@ -300,7 +300,7 @@ def test_tensors_are_read_where_they_lie(isa: str) -> None:
         assert torch.equal(again, found)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.data())
 def test_problems_by_chance(data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:
