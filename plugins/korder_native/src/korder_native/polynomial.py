@@ -72,18 +72,26 @@ class Passes(PolynomialKernel):
         """Return the bytes beyond inputs and outputs of a forward, on as many threads as it would now."""
         problem, item = self.problem, 8 if self.problem.accumulation == "float64" else 4
         features, channels, degrees = self.table.features, problem.value_width + 1, self.table.degree + 1
+        highest = features - self.table.offsets[-2]
         running = problem.spec.mask.kind != "full"
         tokens = min(FORWARD_BLOCK if running else self._tokens(), max(problem.queries, *problem.lengths, 1))
+        rows = 8 * problem.batch * problem.heads * problem.queries
+        weights = 48 * max(problem.lengths) if any((*problem.biases, *problem.key_masks)) else 0
         states = 8 * features * (channels + 1) * problem.order
-        block = tokens * (self.table.width * 2 * item + 8 * (channels + 4 * degrees)) + 8 * sum(problem.lengths)
+        block = tokens * (8 * (channels + degrees + 1) + item * problem.value_width)
+        if problem.weight != "none":
+            block += tokens * self.table.width * (8 + 2 * item)
         if running:
             # other heads of a key head read copies; weights and their running totals stand beside the keys
-            copies = states if problem.heads > problem.groups else 0
-            table = features * (4 * 8 + item) + 16 * sum(problem.lengths)
-            return int(states + copies + table + block + self.kernels.running_bytes(self._running_call(tokens)))
-        table = features * (channels + 1) * (3 * 8 + item)
-        kernels = max(self.kernels.feature_bytes(self.call(tokens), work) for work in (_SUMS, _READING))
-        return int(states + max(table, block + features * (channels + 1) * item + kernels))
+            states += states if problem.heads > problem.groups else 0
+            weights += 16 * sum(problem.lengths)
+            work = features * (4 * 8 + item) + block + self.kernels.running_bytes(self._running_call(tokens))
+        else:
+            table = 8 * channels * max((problem.order + 1) * features, features + 4 * highest) + highest * channels
+            kernels = max(self.kernels.feature_bytes(self.call(tokens), work) for work in (_SUMS, _READING))
+            work = max(table, block + features * (channels + 1) * item + kernels)
+        # rows: centres, weights and means; at the end lse out of them
+        return int(max(3 * rows + states + weights + work, 7 * rows))
 
     def _running_call(self, rows: int) -> Any:
         call = _native.RunningCall(self.call(rows), None)
