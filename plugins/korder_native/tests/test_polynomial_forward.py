@@ -104,7 +104,7 @@ def test_more_tokens_than_a_block(isa: str, monkeypatch: pytest.MonkeyPatch) -> 
     case = random_polynomial(2, rows=130, lengths=(111, 3), batch=1, heads=(2, 1), key_masks="group", degree=2)
     small = replace(case.plan, polynomial=replace(case.plan.polynomial, chunk=16))
     whole = case.kernel().forward(case.operands, save=True)
-    monkeypatch.setattr(polynomial, "BLOCK", 50)
+    monkeypatch.setattr(polynomial, "LONGEST_BLOCK", 50)
     found = NativeBackend().compile(small).forward(case.operands, save=True)
     assert_forward(case, found)
     assert_alike(found, whole, EPS["float64"])
