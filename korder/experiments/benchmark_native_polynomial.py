@@ -6,12 +6,25 @@ a backward twice as many.
 
 from __future__ import annotations
 
+import json
+import sys
 from functools import partial
 
 from korder.experiments import benchmark_native
 from korder.experiments.benchmark_cases import Case, make_case, require_forward, require_same
-from korder.experiments.benchmark_figures import CEILING_FLOPS, Measured, Point, Settings, on_all_cores, time_text
+from korder.experiments.benchmark_figures import (
+    CEILING_FLOPS,
+    Measured,
+    Point,
+    Settings,
+    mib_text,
+    on_all_cores,
+    run_python,
+    time_text,
+)
+from korder.experiments.benchmark_memory import RETURNS_MEMORY, with_growth
 from korder.experiments.benchmark_native import Turn, measured, turns_of
+from korder.experiments.machine import usable_cores
 from korder.experiments.roofline import moved_bytes
 from korder.spec import AttentionSpec, Causal, Polynomial
 
@@ -77,11 +90,45 @@ def causal(settings: Settings) -> Measured:
     return measured(found, "times the full mask", most=True)
 
 
+_MEMORY_PROGRAM = """
+import sys
+from korder.experiments.benchmark_native_polynomial import print_growth
+print_growth(*sys.argv[1:])
+"""
+
+
+def print_growth(backend: str, width: str, degree: str, n: str, mask: str) -> None:
+    """Print by how much this process grew over one forward beyond its results, and what the kernel declares."""
+    spec = AttentionSpec(order=2, method=Polynomial(degree=int(degree)), mask={"kind": mask})
+    make_case(spec, 64, int(width), backend, SCORE_RMS).forward()
+    case = make_case(spec, int(n), int(width), backend, SCORE_RMS)
+    found, growth = with_growth(case.forward)
+    rows = (found.output, found.lse, found.normaliser, found.moments, found.magnitude)
+    given = sum(int(x.nbytes) for x in rows if x is not None)
+    print(json.dumps([growth - given, int(getattr(case.prepared.kernel, "workspace_bytes", 0))]))
+
+
+def memory(settings: Settings) -> Measured:
+    """Peak memory of a forward beyond operands and results, a thread, in a process of its own; what is declared."""
+    limit, threads, n = benchmark_native.MIB_A_THREAD, usable_cores(), 1024 if settings.quick else 16384
+    if sys.platform == "win32":
+        return Measured("-", f"<= {limit}", None, "this system does not tell a process's peak memory")
+    found = []
+    for width, degree in SIZES:
+        for mask in ("full", "causal"):
+            arguments = settings.backend, str(width), str(degree), str(n), mask
+            growth, declared = json.loads(run_python(_MEMORY_PROGRAM, *arguments, environment=RETURNS_MEMORY))
+            shown = f"{mib_text(growth)}, {mib_text(declared)} declared"
+            found.append(Turn(f"d = {width} {mask}", growth / threads / 2**20, limit, shown))
+    return measured(found, f"MiB a thread, {threads} threads", most=True)
+
+
 ROWS = {
     name: on_all_cores(row)
     for name, row in {
         "polynomial-forward": forward,
         "polynomial-backward": backward,
         "polynomial-causal": causal,
+        "polynomial-memory": memory,
     }.items()
 }

@@ -3,6 +3,7 @@
 
 #include "arena.hpp"
 #include "features.hpp"
+#include "lanes.hpp"
 #include "product.hpp"
 
 namespace korder::KORDER_ISA {
@@ -13,7 +14,7 @@ class FeatureSums {
     static constexpr std::int64_t tokens = 256;       // summed in Real before they join the double sums
     static constexpr std::int64_t pitch = tokens + 64 / sizeof(Real);
     static constexpr std::int64_t group = 48;         // features that stay in cache, in whole strips
-    static_assert(group % strip == 0);
+    static_assert(group % strip == 0 && 2 * group % width == 0);
 
 public:
     explicit FeatureSums(const FeatureCall& call)
@@ -36,7 +37,7 @@ public:
 
 private:
     struct Memory {
-        Real *columns, *products, *ones, *features, *values, *rest, *weights, *token;
+        Real *columns, *products, *ones, *features, *values, *rest, *weights, *token, *partial;
     };
 
     Memory taken(Arena& arena) const {
@@ -48,6 +49,7 @@ private:
         m.values = arena.take<Real>(rounded(main_, column) * tokens);
         m.rest = arena.take<Real>((rest_ + 1) * pitch);
         m.weights = m.rest + rest_ * pitch;
+        m.partial = arena.take<Real>(2 * group * width);
         m.token = arena.take<Real>(greater(table_.width, call_.channels));
         return m;
     }
@@ -103,8 +105,9 @@ private:
             const std::int32_t* path = degree.paths + leaf * s;
             if (s) ancestors.walk(path, leaf == start ? 1 : degree.levels[leaf], s, length);
             const Real* other = s ? ancestors.column(path[s - 1]) : m.ones;
-            make(m, s ? ancestors.product(s - 1) : m.ones, other, length, feature, table_.offsets[s] + leaf);
+            make(m, s ? ancestors.product(s - 1) : m.ones, other, length, feature, table_.offsets[s] + leaf, m.partial + 2 * (leaf - first) * width);
         }
+        add_partial(m, table_.offsets[s] + first, last - first);
         const std::int64_t whole = rounded(last - first, strip);
         for (std::int64_t i = last - first; i < whole; ++i) clear(m.features + i * pitch, length);
         for (std::int64_t c = 0; c < main_; c += column) {
@@ -125,7 +128,7 @@ private:
     // Makes one feature, and with it the sums that are vectors along tokens: the columns that fill no vector, and the
     // absolute one.
     KORDER_INLINE void make(const Memory& m, const Real* one, const Real* other, std::int64_t length, Real* to,
-                            std::int64_t row) const {
+                            std::int64_t row, Real* partial) const {
         vec<Real> sizes[2] = {}, sums[2] = {};
         for (std::int64_t j = 0; j < length; j += 2 * width)
 #pragma GCC unroll 2
@@ -137,13 +140,25 @@ private:
                 sums[v] += feature * weight;
                 sizes[v] += absolute<Real>(feature) * weight;
             }
+        store(partial, sums[0] + sums[1]), store(partial + width, sizes[0] + sizes[1]);
         double* at = call_.sums + row * call_.channels;
-        if (rest_) at[call_.channels - 1] += double(sum_of<Real>(sums[0] + sums[1]));
-        if (call_.absolute) call_.absolute[row] += double(sum_of<Real>(sizes[0] + sizes[1]));
         for (std::int64_t c = 0; c + 1 < rest_; ++c) {
             vec<Real> sum = {};
             for (std::int64_t j = 0; j < length; j += width) sum += load(to + j) * load(m.rest + c * pitch + j);
             at[main_ + c] += double(sum_of<Real>(sum));
+        }
+    }
+
+    // Adds what `make` left of the last channel and of the absolute one, lanes still apart, for `count` features.
+    void add_partial(const Memory& m, std::int64_t row, std::int64_t count) const {
+        for (std::int64_t v = 0; v < 2 * count; v += width) {
+            Real found[width];
+            store(found, sums_over_lanes(m.partial + v * width));
+            for (std::int64_t l = 0; l < lesser(width, 2 * count - v); l += 2) {
+                const std::int64_t at = row + (v + l) / 2;
+                if (rest_) call_.sums[(at + 1) * call_.channels - 1] += double(found[l]);
+                if (call_.absolute) call_.absolute[at] += double(found[l + 1]);
+            }
         }
     }
 

@@ -46,7 +46,7 @@ def test_rows_run() -> None:
 
 def test_the_roofline_shows_every_row_that_has_a_speed(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    names = ("order-1", "order-3", "bfloat16", "sdpa-backward", *POLYNOMIAL_ROWS)
+    names = ("order-1", "order-3", "bfloat16", "sdpa-backward", *POLYNOMIAL_ROWS[:3])
     run = BenchmarkRun(schema_version=1, kind="benchmark", rows=names, quick=True, repeats=1, backend="native")
     path = tmp_path / "roofs.svg"
     report = run_benchmark(run, plot=path)
