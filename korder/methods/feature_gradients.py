@@ -250,7 +250,8 @@ def _widened(kernel: PolynomialKernel, plane: Plane, mode: int, scales: Array, s
         return state
     key = plane.keys[mode]
     rest = xp.zeros((count - known, state.shape[1]), dtype=xp.float64, device=device(state))
-    for start, stop in kernel.blocks(key.length):
+    for start in range(0, key.length, kernel.polynomial.chunk):  # features are kept, whatever the passes' blocks
+        stop = min(start + kernel.polynomial.chunk, key.length)
         features = kernel.features(kernel.scaled(key, scales[mode + 1, ...], start, stop))
         rest = kernel.product(features[known:, :], plane.values_and_weights(xp, mode, start, stop), rest)
     return xp.concat([state, rest], axis=0)

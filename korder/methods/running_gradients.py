@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from korder.methods.block_passes import FeatureBlock
 from korder.methods.factors import Plane
 from korder.methods.feature_gradients import GradientStore, KeyPart, RowGradients, split_reading
 from korder.methods.readings import centred_coefficients, prod_arrays
@@ -271,10 +272,11 @@ def shared_part(
     kernel: PolynomialKernel, plane: Plane, mode: int, pace: Pace, tokens: tuple[int, int], flow: Array
 ) -> KeyPart:
     """Return the gradients of keys that share one flow (r, e + 1), in the compute dtype."""
-    xp, part = kernel.xp, keys_block(kernel, plane, mode, pace, *tokens)
-    gradient = xp.matmul(flow, xp.permute_dims(part.weighted, (1, 0)))
-    read = kernel.product(xp.permute_dims(part.features, (1, 0)), flow)
-    return key_part(kernel, plane, mode, pace, tokens, (kernel.adjoint(part.columns, part.features, gradient), read))
+    block = FeatureBlock(kernel, kernel.scaled(plane.keys[mode], pace.scales[mode + 1, ...], *tokens))
+    weighted = plane.values_and_weights(kernel.xp, mode, *tokens) * pace.shrinks[mode]
+    table = kernel.laid_out([flow[kernel.table.rows(s), :] for s in range(kernel.table.degree + 1)])
+    found = kernel.columns_gradient(block, table, weighted), kernel.read_sums(block, table)
+    return key_part(kernel, plane, mode, pace, tokens, found)
 
 
 def _store_unseen(kernel: PolynomialKernel, plane: Plane, mode: int, pace: Pace, store: GradientStore) -> None:
