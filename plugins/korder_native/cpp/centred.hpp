@@ -7,10 +7,11 @@ namespace korder::KORDER_ISA {
 
 // Binomial coefficients of one power times powers of a shift, from the highest down: C(m, s) shift^(m - s), s = m, m - 1, ..
 struct Binomials {
-    double value = 1.0;
+    double value;
     std::int64_t m, s;
 
-    explicit Binomials(std::int64_t power) : m(power), s(power) {}
+    // 1 is made of the shift, so that one that is no number stays none in every power
+    Binomials(std::int64_t power, double shift) : value(shift * 0.0 + 1.0), m(power), s(power) {}
 
     KORDER_INLINE void next(double shift) {
         value = value * double(s) / double(m - s + 1) * shift;
@@ -22,7 +23,7 @@ struct Binomials {
 inline void centred_shares(const Finish& finish, std::int64_t degree, double centre, double* shares, std::int64_t step) {
     for (std::int64_t m = 0; m <= degree; ++m) {
         shares[m * step] = 0.0;
-        for (Binomials b(m); b.s >= 0; b.next(-centre)) shares[b.s * step] += finish.coefficients[m] * b.value;
+        for (Binomials b(m, centre); b.s >= 0; b.next(-centre)) shares[b.s * step] += finish.coefficients[m] * b.value;
     }
     for (std::int64_t s = 0; s <= degree; ++s) shares[s * step] *= finish.factors[s];
 }
@@ -33,7 +34,7 @@ inline double centred_moments(const Finish& finish, std::int64_t degree, double 
     double magnitude = 0.0;
     for (std::int64_t m = 0; m <= degree; ++m) {
         double moment = 0.0, size = 0.0;
-        for (Binomials b(m); b.s >= 0; b.next(-centre)) {
+        for (Binomials b(m, centre); b.s >= 0; b.next(-centre)) {
             moment += b.value * powers[b.s * step] * finish.factors[b.s];
             size += __builtin_fabs(b.value) * sizes[b.s * step] * finish.size_factors[b.s];
         }

@@ -1,4 +1,4 @@
-"""The polynomial method: features stay out of memory on the way back, too."""
+"""The polynomial method at its edges: features stay out of memory on the way back, and what is no number stays none."""
 
 from __future__ import annotations
 
@@ -48,3 +48,13 @@ def test_backward_keeps_no_features_of_all_tokens(mask: Any, gradient: str, feat
     finally:
         tracemalloc.stop()
     assert peak < LENGTH * features * 8
+
+
+@pytest.mark.parametrize("mask", [korder.Full(), korder.Causal()])
+def test_a_query_that_is_no_number_is_none_in_degree_0_either(mask: Any) -> None:
+    x = np.random.default_rng(0).standard_normal((3, 5, 4))
+    x[0, 2, 1] = np.nan
+    spec = korder.AttentionSpec(order=1, mask=mask, method=korder.Polynomial(degree=0))
+    for backend in ("native", "numpy"):
+        found = korder.attend(x[0], (x[1],), (x[2],), spec=spec, backend=backend)
+        assert np.array_equal(np.isnan(found).all(axis=1), np.arange(5) == 2), backend
