@@ -52,10 +52,11 @@ class BenchmarkReport:
 
 DISAGREES = "WRONG OUTPUT"
 Table = Mapping[str, Callable[[Settings], Measured]]
+NATIVE_ROWS: Table = {**benchmark_native.ROWS, **benchmark_native_polynomial.ROWS}
 TABLES: dict[str, Table] = {
     "torch": benchmark_torch.ROWS,
     "cuda": benchmark_torch.CUDA_ROWS,
-    "native": {**benchmark_native.ROWS, **benchmark_native_polynomial.ROWS},
+    "native": NATIVE_ROWS,
 }
 """The rows of the backends that have a table of their own; the others have the generic one."""
 
@@ -89,7 +90,7 @@ def run_benchmark(run: BenchmarkRun, progress: Progress | None = None, plot: Pat
 
 
 def _check_roofline(backend: str, plot: Path) -> None:
-    if TABLES.get(backend) is not benchmark_native.ROWS:
+    if TABLES.get(backend) is not NATIVE_ROWS:
         raise SpecError(
             "--plot draws the roofline of the C++ kernels.",
             code="plot-unavailable",
