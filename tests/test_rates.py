@@ -41,8 +41,9 @@ def test_the_shipped_rates_serve_until_the_machine_is_measured(file):
 def test_a_file_that_holds_no_rates_is_named(file, text):
     file.parent.mkdir()
     file.write_text(text)
-    with pytest.raises(korder.SpecError, match=r"rates\.json does not hold machine rates"):
+    with pytest.raises(korder.SpecError, match=r"rates\.json does not hold machine rates") as caught:
         rates.rates_of("numpy")
+    assert all(name in str(caught.value).partition("expected:")[2].partition("got:")[0] for name in asdict(MINE))
 
 
 def test_a_place_that_cannot_be_written_to_is_named(tmp_path):

@@ -41,6 +41,7 @@ class Rates:
     """Seconds of a polynomial call with no work in it, its certificate included."""
 
 
+NAMES = tuple(field.name for field in fields(Rates))
 SHIPPED: Mapping[str, Rates] = {
     # measured by `korder bench --calibrate` on 2 cores with AVX2, float32
     "numpy": Rates(
@@ -134,10 +135,9 @@ def read_rates(path: Path) -> dict[str, Rates]:
     Raises:
         SpecError: Not a table of positive numbers, one per field of `Rates`.
     """
-    names = {field.name for field in fields(Rates)}
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        found = {str(backend): Rates(**{name: float(row[name]) for name in names}) for backend, row in data.items()}
+        found = {str(backend): Rates(**{name: float(row[name]) for name in NAMES}) for backend, row in data.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise _unreadable(path, f"{type(error).__name__}: {error}") from None
     for backend, rates in found.items():
@@ -151,7 +151,7 @@ def _unreadable(path: Path, got: str) -> SpecError:
     return SpecError(
         f"{path} does not hold machine rates.",
         code="rates-invalid",
-        expected="a JSON object: backend -> {', '.join(names)}, all positive",
+        expected=f"a JSON object: backend -> {', '.join(NAMES)}, all positive",
         got=got,
         hint="`korder bench --calibrate` writes it anew; without it the shipped table is used.",
     )
