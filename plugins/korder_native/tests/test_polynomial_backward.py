@@ -19,7 +19,7 @@ from korder_native.backend import NativeBackend
 
 torch = pytest.importorskip("torch")
 Array = Any
-LIMIT = {"float32": 2e-4, "float64": 1e-11}
+LIMIT = {"float32": 1e-5, "float64": 1e-11}
 """Error of a gradient relative to the largest entry: one in float32 sums terms that cancel."""
 LEAST = 0.1
 """Gradients of this size belong to the made-up ones of size 1; where all terms cancel, rounding is relative to it."""
