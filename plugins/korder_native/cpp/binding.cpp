@@ -172,6 +172,7 @@ NB_MODULE(_native, m) {
         .def_rw("order", &Call::order)
         .def_rw("before", &Call::before)
         .def_rw("wide", &Call::wide)
+        .def_rw("narrow", &Call::narrow)
         .def_rw("threads", &Call::threads)
         .def_rw("batch", &Call::batch)
         .def_rw("heads", &Call::heads)

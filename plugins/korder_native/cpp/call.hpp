@@ -32,6 +32,7 @@ struct Call {
     Kind kind = Kind::full;
     Number number = Number::float32;
     bool wide = false;  // whether sums are float64
+    bool narrow = false;  // whether products may be of bfloat16, where the instruction set has them
     int threads = 1;
     std::int64_t memory = INT64_MAX;  // bytes that it may take beyond operands and results, where it can work in them
     std::int64_t batch = 0, heads = 0, groups = 0, queries = 0, width = 0, value_width = 0;

@@ -5,18 +5,18 @@
 // are kept between, and joined at the end in a fixed order.
 #pragma once
 
-#include "outer.hpp"
+#include "pairs.hpp"
 #include "rows.hpp"
 #include "team.hpp"
-#include "tile.hpp"
 
 namespace korder::KORDER_ISA {
 
 constexpr std::int64_t most_kept_rows = 4096;    // whose sums wait for the next chunk
 constexpr std::int64_t block_bytes = 256 << 10;  // of packed keys and values, what stays in the cache next to a core
 
-template <class Real>
+template <class Factor>
 struct ForwardPlan {
+    typedef typename Summed<Factor>::type Real;
     static constexpr int rows = Shape::rows;
     std::int64_t padded;        // value width in whole vectors
     std::int64_t chunk, block;  // contracted keys
@@ -30,7 +30,7 @@ struct ForwardPlan {
         constexpr std::int64_t panel = Sizes<Real>::panel;
         padded = rounded(call.value_width, Sizes<Real>::column);
         const std::int64_t length = greater(call.contracted().length, 1);
-        const std::int64_t row = (call.width + padded) * sizeof(Real);
+        const std::int64_t row = (depth_of<Factor>(call.width) + padded) * sizeof(Factor);
         const std::int64_t count = pieces(length, greater(shares.chunk / row / panel, 1) * panel);
         chunk = rounded(pieces(length, count), panel);
         const std::int64_t most = lesser(greater(block_bytes / row / panel, 1) * panel, Sizes<Real>::keys);
@@ -82,50 +82,56 @@ struct RowState {
 };
 
 // What belongs to one head at a time: its packed keys and values, and the rows that are not finished at once.
-template <class Real>
+template <class Factor>
 struct HeadMemory {
-    Real *panels, *columns;
-    RowState<Real> kept;
+    Factor *panels, *columns;
+    RowState<typename Summed<Factor>::type> kept;
 
-    HeadMemory(Arena& arena, const Call& call, const ForwardPlan<Real>& plan)
-        : panels(arena.take<Real>(plan.chunk * call.width)),
-          columns(arena.take<Real>(plan.chunk * plan.padded)),
+    HeadMemory(Arena& arena, const Call& call, const ForwardPlan<Factor>& plan)
+        : panels(arena.take<Factor>(plan.chunk * depth_of<Factor>(call.width))),
+          columns(arena.take<Factor>(plan.chunk * plan.padded)),
           kept(arena, plan.keeps(call) ? plan.parts * call.share() * plan.slab() : 0, plan.padded) {}
 };
 
 // What belongs to one thread.
-template <class Real>
+template <class Factor>
 struct ThreadMemory {
+    typedef typename Summed<Factor>::type Real;
     Real* scratch;
     OuterMemory<Real> outer;
-    Real* queries;  // [tiles][width][lanes]
-    Real* folded;   // [width][lanes]
-    Real* scores;   // [rows][pitch]
-    Real* extra;    // the same: key masks and biases of the contracted mode
+    Real* queries;    // tiles of rows, in the order of their factor
+    Factor* folded;   // one of them, times outer keys
+    Real* scores;     // [rows][pitch]
+    Real* extra;      // the same: key masks and biases of the contracted mode
+    Factor* weights;  // the same, if they are narrower than scores
     RowState<Real> state;
 
-    ThreadMemory(Arena& arena, const Call& call, const ForwardPlan<Real>& plan)
+    ThreadMemory(Arena& arena, const Call& call, const ForwardPlan<Factor>& plan)
         : scratch(arena.take<Real>(Sizes<Real>::panel * greater(call.width, plan.padded))),
           outer(arena, call),
-          queries(arena.take<Real>(plan.tiles * call.width * Sizes<Real>::lanes)),
-          folded(arena.take<Real>(call.width * Sizes<Real>::lanes)),
+          queries(arena.take<Real>(plan.tiles * tile_numbers<Factor>(call.width))),
+          folded(arena.take<Factor>(folded_numbers<Factor>(call))),
           scores(arena.take<Real>(plan.rows * Sizes<Real>::pitch)),
           extra(arena.take<Real>(plan.rows * Sizes<Real>::pitch)),
+          weights(arena.take<Factor>(sizeof(Factor) < sizeof(Real) ? plan.rows * Sizes<Real>::pitch : 0)),
           state(arena, plan.tiles * plan.rows, plan.padded) {}
 };
 
-template <class Real>
+// `Factor` is what products take: numbers as wide as their sums, or bfloat16.
+template <class Factor>
 class Forward {
 public:
+    typedef typename Summed<Factor>::type Real;
     static constexpr int rows = Shape::rows;
+    static constexpr bool narrows = sizeof(Factor) < sizeof(Real);
 
     explicit Forward(const Call& call)
         : Forward(call, shares_that_fit(call, 1.0, [&](const Shares& shares) { return Forward(call, shares).bytes(); })) {}
 
     Forward(const Call& call, const Shares& shares) : call_(call), plan_(call, shares) {
         Arena head(nullptr), thread(nullptr);
-        HeadMemory<Real>(head, call_, plan_);
-        ThreadMemory<Real>(thread, call_, plan_);
+        HeadMemory<Factor>(head, call_, plan_);
+        ThreadMemory<Factor>(thread, call_, plan_);
         head_bytes_ = head.used(), thread_bytes_ = thread.used();
     }
 
@@ -138,11 +144,12 @@ public:
         const std::int64_t heads = call_.batch * call_.groups;
 #pragma omp parallel num_threads(plan_.threads)
         {
+            const MatrixTiles registers;
             Team team{omp_get_thread_num(), omp_get_num_threads(), counters};
             Arena head(memory + (plan_.by_head ? team.thread * head_bytes_ : 0));
             Arena thread(memory + (plan_.by_head ? plan_.threads : 1) * head_bytes_ + team.thread * thread_bytes_);
-            const HeadMemory<Real> of_head(head, call_, plan_);
-            const ThreadMemory<Real> mine(thread, call_, plan_);
+            const HeadMemory<Factor> of_head(head, call_, plan_);
+            const ThreadMemory<Factor> mine(thread, call_, plan_);
             mine.outer.start(call_);
             if (plan_.by_head) {
                 for (std::int64_t at = team.next(); at < heads; at = team.next())
@@ -159,13 +166,13 @@ private:
         std::int64_t head, row, count, part, kept;
     };
 
-    void alone(std::int64_t at, const HeadMemory<Real>& head, const ThreadMemory<Real>& mine) const {
+    void alone(std::int64_t at, const HeadMemory<Factor>& head, const ThreadMemory<Factor>& mine) const {
         std::int64_t counters[2] = {0, 0};
         Team team{0, 1, counters};
         attend(at / call_.groups, at % call_.groups, head, mine, team);
     }
 
-    void attend(std::int64_t b, std::int64_t g, const HeadMemory<Real>& head, const ThreadMemory<Real>& mine,
+    void attend(std::int64_t b, std::int64_t g, const HeadMemory<Factor>& head, const ThreadMemory<Factor>& mine,
                 Team& team) const {
         for (std::int64_t slab = 0; slab < call_.queries; slab += plan_.slab()) {
             std::int64_t start = 0;
@@ -182,8 +189,8 @@ private:
         }
     }
 
-    void attend_chunk(std::int64_t b, std::int64_t g, std::int64_t slab, std::int64_t start, const HeadMemory<Real>& head,
-                      const ThreadMemory<Real>& mine, Team& team) const {
+    void attend_chunk(std::int64_t b, std::int64_t g, std::int64_t slab, std::int64_t start, const HeadMemory<Factor>& head,
+                      const ThreadMemory<Factor>& mine, Team& team) const {
         const std::int64_t items = call_.share() * plan_.items * plan_.parts;
         if (team.count == 1) *team.counters = 0;
         for (std::int64_t at = team.next(); at < items; at = team.next()) {
@@ -199,25 +206,28 @@ private:
                 (part * call_.share() + c) * plan_.slab() + row};
     }
 
-    void pack(std::int64_t b, std::int64_t g, std::int64_t start, const HeadMemory<Real>& head,
-              const ThreadMemory<Real>& mine, const Team& team) const {
+    void pack(std::int64_t b, std::int64_t g, std::int64_t start, const HeadMemory<Factor>& head,
+              const ThreadMemory<Factor>& mine, const Team& team) const {
         constexpr std::int64_t panel = Sizes<Real>::panel;
         const Mode& mode = call_.contracted();
         const Rows keys{call_, mode, mode.keys, call_.width, b, g};
         const Rows values{call_, mode, mode.values, call_.value_width, b, g};
         for (std::int64_t p = team.thread * panel; p < plan_.chunk; p += team.count * panel) {
-            pack_panel(keys, start + p, mine.scratch, head.panels + p * call_.width);
+            pack_panel(keys, start + p, mine.scratch, head.panels + p * depth_of<Factor>(call_.width));
             pack_columns(values, start, start + p, start + p + panel, plan_.chunk, mine.scratch, head.columns);
         }
     }
 
-    void attend_item(std::int64_t b, const Item& item, std::int64_t start, const HeadMemory<Real>& head,
-                     const ThreadMemory<Real>& mine) const {
+    void attend_item(std::int64_t b, const Item& item, std::int64_t start, const HeadMemory<Factor>& head,
+                     const ThreadMemory<Factor>& mine) const {
         RowState<Real> state = mine.state;
         if (plan_.keeps(call_)) state = head.kept.from(item.kept, plan_.padded);
         if (start == 0) state.start(rounded(item.count, rows), plan_.padded);
-        read_tiles(call_, call_.query, call_.width, {b, item.head, item.row, item.count}, call_.scale, mine.scratch,
-                   mine.queries);
+        const RowsAt at{b, item.head, item.row, item.count};
+        if constexpr (narrows)
+            read_rows(call_, at, mine.queries);
+        else
+            read_tiles(call_, call_.query, call_.width, at, call_.scale, mine.scratch, mine.queries);
         const Span keys = keys_of(item, lesser(plan_.chunk, call_.contracted().length - start));
         for (std::int64_t first = keys.first; first < keys.last; first += plan_.block)
             for (std::int64_t row = 0; row < item.count; row += rows)
@@ -237,25 +247,25 @@ private:
 
     // One tile of rows against one block of contracted keys and every outer tuple.
     void attend_tile(std::int64_t b, const Item& item, std::int64_t row, Span block, std::int64_t start,
-                     const HeadMemory<Real>& head, const ThreadMemory<Real>& mine, const RowState<Real>& state) const {
+                     const HeadMemory<Factor>& head, const ThreadMemory<Factor>& mine, const RowState<Real>& state) const {
         const std::int64_t count = lesser(rows, item.count - row), i = item.row + row;
         Sight<Shape::rows> sight;
         sight.look(call_, i, count);
         const RowsAt at{b, item.head, i, count};
         OuterWalk<Real, Shape::rows> walk(call_, sight, mine.outer, at);
         const bool extra = make_extra(call_, at, rows, block, mine.extra);
-        const Real* queries = mine.queries + row / rows * call_.width * Sizes<Real>::lanes;
-        const Real* panels = head.panels + (block.first - start) * call_.width;
-        const Real* columns = head.columns + (block.first - start) * Sizes<Real>::column;
+        const Real* queries = mine.queries + row / rows * tile_numbers<Factor>(call_.width);
+        const Factor* panels = head.panels + (block.first - start) * depth_of<Factor>(call_.width);
+        const Factor* columns = head.columns + (block.first - start) * Sizes<Real>::column;
         const std::int64_t share = pieces(call_.outer() ? call_.modes[0].length : 1, plan_.parts);
         walk.run(Span{item.part * share, (item.part + 1) * share}, [&] {  // at order 1 the one empty tuple
             Span spans[rows];
             const Span whole = walk.spans(block, spans);
             if (whole.first >= whole.last) return;
             const int level = call_.outer();
-            const Real* folded = fold_tile(queries, mine.outer.keys[level], call_.width, mine.folded);
+            const Factor* folded = folded_tile(call_, queries, mine.outer.keys[level], mine.folded);
             const Step step{folded, mine.outer.gate[level], panels, columns, walk.tuple.bias[level],
-                            extra ? mine.extra : nullptr, mine.scores, spans, whole};
+                            extra ? mine.extra : nullptr, mine.scores, mine.weights, spans, whole};
             if (count == 1)
                 absorb<1>(step, state);
             else if (2 * count <= rows)
@@ -266,8 +276,12 @@ private:
     }
 
     struct Step {
-        const Real *folded, *gate, *panels, *columns, *bias, *extra;
+        const Factor* folded;
+        const Real* gate;
+        const Factor *panels, *columns;
+        const Real *bias, *extra;
         Real* scores;
+        Factor* weights;
         const Span* spans;
         Span keys;
     };
@@ -275,9 +289,9 @@ private:
     template <int Rows>
     void absorb(const Step& step, const RowState<Real>& state) const {
         constexpr int pitch = Sizes<Real>::pitch, width = Vector<Real>::width;
-        constexpr int lanes = width > 8 ? width : 8;
+        constexpr int lanes = width > Sizes<Real>::lanes ? width : Sizes<Real>::lanes;
         const auto [first, last] = step.keys;
-        tile_scores<Real, Rows>(step.folded, step.panels, call_.width, first, last, step.scores);
+        scores_of<Rows>(call_, step.folded, step.panels, first, last, step.scores);
         Real rescale[lanes] = {}, reference[lanes] = {};
         for (int r = 0; r < Rows; ++r) {
             Real* scores = step.scores + r * pitch;
@@ -291,14 +305,24 @@ private:
             state.top[r] = top;
         }
         for (int r = 0; r < lanes; r += width) store(rescale + r, exponential<Real>(load(rescale + r)));
-        for (int r = 0; r < Rows; ++r)
-            state.total[r] = state.total[r] * rescale[r] + exponentiate(step.scores + r * pitch, first, last, reference[r]);
+        for (int r = 0; r < Rows; ++r) {
+            Real* scores = step.scores + r * pitch;
+            state.total[r] = state.total[r] * rescale[r] + exponentiate(scores, first, last, reference[r]);
+            if constexpr (narrows)
+                for (std::int64_t j = first; j < last; j += width) narrow(load(scores + j), step.weights + r * pitch + j);
+        }
         if (step.gate)
-            tile_values<Real, Rows, true>(step.scores, step.columns, plan_.chunk, plan_.padded, first, last, rescale,
-                                          step.gate, state.weighted);
+            add_weighted<Rows, true>(step, rescale, state.weighted);
         else
-            tile_values<Real, Rows, false>(step.scores, step.columns, plan_.chunk, plan_.padded, first, last, rescale,
-                                           step.gate, state.weighted);
+            add_weighted<Rows, false>(step, rescale, state.weighted);
+    }
+
+    template <int Rows, bool Gated>
+    void add_weighted(const Step& step, const Real* rescale, Real* weighted) const {
+        const auto [first, last] = step.keys;
+        const Factor* weights = step.weights;
+        if constexpr (!narrows) weights = step.scores;
+        values_of<Rows, Gated>(weights, step.columns, plan_.chunk, plan_.padded, first, last, rescale, step.gate, weighted);
     }
 
     void finish(std::int64_t b, std::int64_t h, std::int64_t i, const Real* weighted, Real top, double total) const {
@@ -339,7 +363,7 @@ private:
     }
 
     const Call call_;
-    const ForwardPlan<Real> plan_;
+    const ForwardPlan<Factor> plan_;
     std::int64_t head_bytes_ = 0, thread_bytes_ = 0;
 };
 

@@ -95,9 +95,6 @@ void exponential_of(bool wide, void* numbers, std::int64_t count) {
 
 }  // namespace
 
-#define KORDER_TEXT_OF(name) #name
-#define KORDER_TEXT(name) KORDER_TEXT_OF(name)
-
 extern const Table table;
 const Table table = {KORDER_TEXT(KORDER_ISA), KORDER_VECTOR_BYTES, forward_bytes, forward, backward_bytes,
                      backward, wild_bytes, find_wild, features, running, running_back, column_facts, token_products,

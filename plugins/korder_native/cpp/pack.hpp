@@ -13,7 +13,7 @@ template <class Real>
 struct Sizes {
     static constexpr int width = Vector<Real>::width;
     static constexpr int rows = Shape::rows;
-    static constexpr int lanes = 8;  // rows of a tile as folded queries are stored
+    static constexpr int lanes = rows > 8 ? rows : 8;  // rows of a tile as folded queries are stored
     static constexpr int panel = Shape::keys * width;
     static constexpr int column = Shape::columns * width;
     static constexpr int keys = 1920 / int(sizeof(Real));  // at most, of a block; a multiple of every panel
@@ -21,7 +21,6 @@ struct Sizes {
 };
 
 static_assert(Sizes<float>::keys % Sizes<float>::panel == 0 && Sizes<double>::keys % Sizes<double>::panel == 0);
-static_assert(Shape::rows <= 8);
 
 // Where the rows of one mode of one head are.
 struct Rows {

@@ -4,6 +4,9 @@
 #include "call.hpp"
 #include "monomials.hpp"
 
+#define KORDER_TEXT_OF(name) #name
+#define KORDER_TEXT(name) KORDER_TEXT_OF(name)
+
 namespace korder {
 
 struct Table {
@@ -24,6 +27,18 @@ struct Table {
     void (*column_facts)(const FeatureCall&, const double* weights, double* peaks, double* totals, double* token);
     void (*token_products)(const FeatureCall&, const double* factors, double* to, double* token);
     void (*exponential)(bool wide, void* numbers, std::int64_t count);
+};
+
+// What a set with products of bfloat16 has of its own; a constant, because code of the set must not run where it is loaded.
+struct NarrowForward {
+    const char* name;
+    std::int64_t (*bytes)(const Call&);
+    void (*run)(const Call&, char* memory);
+
+    Table over(Table rest) const {
+        rest.name = name, rest.forward_bytes = bytes, rest.forward = run;
+        return rest;
+    }
 };
 
 // The best instruction set that this processor has, or the one that is named; null if there is none such here.

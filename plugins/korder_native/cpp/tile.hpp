@@ -69,26 +69,34 @@ KORDER_INLINE Real exponentiate(Real* scores, std::int64_t first, std::int64_t l
     return sum_of<Real>(sums[0]);
 }
 
+// weighted[r] = weighted[r] * rescale[r] + gate * (one register tile), for the columns from `c` on.
+template <int Rows, bool Gated, class Real, int All, int Vectors>
+KORDER_INLINE void add_values(const Tile<Real, All, Vectors>& tile, std::int64_t c, std::int64_t padded,
+                              const Real* rescale, const Real* gate, Real* weighted) {
+    constexpr int width = Vector<Real>::width;
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < Vectors; ++v) {
+            Real* at = weighted + r * padded + c + v * width;
+            const vec<Real> before = load(at) * rescale[r];
+            if constexpr (Gated)
+                store(at, before + load(gate + c + v * width) * tile.at[r][v]);
+            else
+                store(at, before + tile.at[r][v]);
+        }
+}
+
 // weighted[r] = weighted[r] * rescale[r] + gate * (sum of weights[r][j] values[j]) for the keys [first, last).
 template <class Real, int Rows, bool Gated>
 __attribute__((noinline)) void tile_values(const Real* weights, const Real* columns, std::int64_t room,
                                            std::int64_t padded, std::int64_t first, std::int64_t last,
                                            const Real* rescale, const Real* gate, Real* weighted) {
-    constexpr int column = Sizes<Real>::column, width = Vector<Real>::width, pitch = Sizes<Real>::pitch;
+    constexpr int column = Sizes<Real>::column, pitch = Sizes<Real>::pitch;
     for (std::int64_t c = 0; c < padded; c += column) {
         Tile<Real, Rows, Shape::columns> tile{};
         multiply(tile, weights + first, 1, pitch, columns + c * room + first * column, column, last - first);
-#pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 4
-            for (int v = 0; v < Shape::columns; ++v) {
-                Real* at = weighted + r * padded + c + v * width;
-                const vec<Real> before = load(at) * rescale[r];
-                if constexpr (Gated)
-                    store(at, before + load(gate + c + v * width) * tile.at[r][v]);
-                else
-                    store(at, before + tile.at[r][v]);
-            }
+        add_values<Rows, Gated>(tile, c, padded, rescale, gate, weighted);
     }
 }
 

@@ -94,7 +94,11 @@ KORDER_INLINE Real largest_of(vec<Real> value) {
 
 // How many numbers a register tile holds: rows x (vectors of keys, or of columns). All accumulators, one row of the
 // second factor and one number of the first must fit in the registers.
-#if defined(__AVX512F__)
+#if defined(KORDER_MATRIX_TILES)
+struct Shape {  // of AMX, whose sums are 16 x 16, two of them
+    static constexpr int rows = 16, keys = 128 / KORDER_VECTOR_BYTES, columns = keys;
+};
+#elif defined(__AVX512F__)
 struct Shape {
     static constexpr int rows = 8, keys = 3, columns = 2;
 };

@@ -263,6 +263,7 @@ class NativeExactKernel:
         call.order, call.before = problem.order, self.modes[-1]
         call.kind, call.number = _KINDS[mask.kind], NUMBERS[problem.dtype]
         call.wide = problem.accumulation == "float64"
+        call.narrow = problem.dtype == "bfloat16" and problem.spec.policy.precision == "input"
         call.threads, call.memory = thread_count(), max(self.limit - beside, 0)
         call.batch, call.heads, call.groups = problem.batch, problem.heads, problem.groups
         call.queries, call.width, call.value_width = problem.queries, problem.query_width, problem.value_width
