@@ -197,6 +197,7 @@ NB_MODULE(_native, m) {
 
     nb::class_<Table>(m, "Kernels")
         .def_ro("name", &Table::name)
+        .def_ro("narrows", &Table::narrows)
         .def_ro("vector_bytes", &Table::vector_bytes)
         .def("forward_bytes", [](const Table& table, const Call& call) { return table.forward_bytes(call); })
         .def("backward_bytes", [](const Table& table, const Call& call) { return table.backward_bytes(call); })

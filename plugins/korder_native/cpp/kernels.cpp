@@ -98,6 +98,6 @@ void exponential_of(bool wide, void* numbers, std::int64_t count) {
 extern const Table table;
 const Table table = {KORDER_TEXT(KORDER_ISA), KORDER_VECTOR_BYTES, forward_bytes, forward, backward_bytes,
                      backward, wild_bytes, find_wild, features, running, running_back, column_facts, token_products,
-                     exponential_of};
+                     exponential_of, false};
 
 }  // namespace korder::KORDER_ISA

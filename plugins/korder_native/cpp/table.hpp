@@ -27,6 +27,7 @@ struct Table {
     void (*column_facts)(const FeatureCall&, const double* weights, double* peaks, double* totals, double* token);
     void (*token_products)(const FeatureCall&, const double* factors, double* to, double* token);
     void (*exponential)(bool wide, void* numbers, std::int64_t count);
+    bool narrows;  // whether it has products of bfloat16
 };
 
 // What a set with products of bfloat16 has of its own; a constant, because code of the set must not run where it is loaded.
@@ -36,7 +37,7 @@ struct NarrowForward {
     void (*run)(const Call&, char* memory);
 
     Table over(Table rest) const {
-        rest.name = name, rest.forward_bytes = bytes, rest.forward = run;
+        rest.name = name, rest.forward_bytes = bytes, rest.forward = run, rest.narrows = true;
         return rest;
     }
 };

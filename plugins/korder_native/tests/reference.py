@@ -18,8 +18,10 @@ from korder_native import _native
 from korder_native.exact import NativeExactKernel
 
 Array = Any
-ISAS = [name for name in _native.known_names() if _native.runs_here(name)]
+ALL_ISAS = [name for name in _native.known_names() if _native.runs_here(name)]
 """Every instruction set that this machine has, best first."""
+ISAS = [name for name in ALL_ISAS if not _native.kernels(name).narrows]
+"""Those with kernels of their own for everything; the others have them for products of bfloat16."""
 EXACT = "longdouble"
 """What the truth is computed in."""
 RATIO = 4.0

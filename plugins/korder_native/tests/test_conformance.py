@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from reference import ISAS
+from reference import ALL_ISAS
 
 from korder.conformance import parametrize_with_checks, run_conformance
 from korder.conformance.report import report_text
