@@ -5,7 +5,7 @@
 // are kept between, and joined at the end in a fixed order.
 #pragma once
 
-#include "pairs.hpp"
+#include "products.hpp"
 #include "rows.hpp"
 #include "team.hpp"
 
@@ -61,21 +61,23 @@ struct ForwardPlan {
 // The running softmax of the rows of one item.
 template <class Real>
 struct RowState {
-    Real* weighted;  // [rows][padded]
+    Weighted<Real> weighted;
     Real* top;
     double* total;
 
     RowState(Arena& arena, std::int64_t rows, std::int64_t padded)
-        : weighted(arena.take<Real>(rows * padded)), top(arena.take<Real>(rows)), total(arena.take<double>(rows)) {}
+        : weighted{arena.take<Real>(rows * padded), arena.take<Real>(rows * padded)},
+          top(arena.take<Real>(rows)),
+          total(arena.take<double>(rows)) {}
 
     RowState from(std::int64_t row, std::int64_t padded) const {
         RowState found = *this;
-        found.weighted += row * padded, found.top += row, found.total += row;
+        found.weighted.sums += row * padded, found.weighted.lost += row * padded, found.top += row, found.total += row;
         return found;
     }
 
     void start(std::int64_t rows, std::int64_t padded) const {
-        clear(weighted, rows * padded);
+        clear(weighted.sums, rows * padded), clear(weighted.lost, rows * padded);
         clear(top, rows, -Real(__builtin_inff()));
         clear(total, rows, 0.0);
     }
@@ -225,7 +227,7 @@ private:
         if (start == 0) state.start(rounded(item.count, rows), plan_.padded);
         const RowsAt at{b, item.head, item.row, item.count};
         if constexpr (narrows)
-            read_rows(call_, at, mine.queries);
+            read_rows(call_, at, Scales(call_).rows, mine.queries);
         else
             read_tiles(call_, call_.query, call_.width, at, call_.scale, mine.scratch, mine.queries);
         const Span keys = keys_of(item, lesser(plan_.chunk, call_.contracted().length - start));
@@ -235,7 +237,7 @@ private:
                             mine, state.from(row, plan_.padded));
         if (plan_.keeps(call_)) return;
         for (std::int64_t r = 0; r < item.count; ++r)
-            finish(b, item.head, item.row + r, state.weighted + r * plan_.padded, state.top[r], state.total[r]);
+            finish(b, item.head, item.row + r, state.weighted.sums + r * plan_.padded, state.top[r], state.total[r]);
     }
 
     // The keys of a chunk that are an item's: all of them, unless order 1 has no outer mode to be parted.
@@ -318,7 +320,7 @@ private:
     }
 
     template <int Rows, bool Gated>
-    void add_weighted(const Step& step, const Real* rescale, Real* weighted) const {
+    void add_weighted(const Step& step, const Real* rescale, const Weighted<Real>& weighted) const {
         const auto [first, last] = step.keys;
         const Factor* weights = step.weights;
         if constexpr (!narrows) weights = step.scores;
@@ -347,7 +349,7 @@ private:
             const RowState<Real> whole = kept.from(c * plan_.slab() + i, plan_.padded);
             for (std::int64_t part = 1; part < plan_.parts; ++part)
                 merge(whole, kept.from((part * call_.share() + c) * plan_.slab() + i, plan_.padded));
-            finish(b, g * call_.share() + c, slab + i, whole.weighted, *whole.top, *whole.total);
+            finish(b, g * call_.share() + c, slab + i, whole.weighted.sums, *whole.top, *whole.total);
         }
     }
 
@@ -357,7 +359,7 @@ private:
         const double left = *into.total > 0 ? __builtin_exp(double(*into.top) - double(top)) : 0;
         const double right = __builtin_exp(double(*other.top) - double(top));
         for (std::int64_t c = 0; c < plan_.padded; ++c)
-            into.weighted[c] = Real(left * double(into.weighted[c]) + right * double(other.weighted[c]));
+            into.weighted.sums[c] = Real(left * double(into.weighted.sums[c]) + right * double(other.weighted.sums[c]));
         *into.total = left * *into.total + right * *other.total;
         *into.top = top;
     }

@@ -104,13 +104,23 @@ inline void pack_columns(const Rows& rows, std::int64_t start, std::int64_t firs
     }
 }
 
-// The rows of tiles, [row][width in vectors], in float32 because outer keys are still to come; nothing is scaled, so that
-// at order 1 the products are of the operands themselves.
-inline void read_rows(const Call& call, const RowsAt& at, float* to) {
+// The scale of scores, before and after the products: rows take a power of two, which adds no bits to them.
+struct Scales {
+    float rows, scores;
+
+    explicit Scales(const Call& call) : rows(float(call.scale)), scores(1.0f) {
+        int exponent;
+        if (__builtin_fabs(__builtin_frexp(call.scale, &exponent)) != 0.5 || float(call.scale) != call.scale)
+            scores = rows, rows = 1.0f;
+    }
+};
+
+// The rows of tiles, [row][width in vectors], in float32 because outer keys are still to come.
+inline void read_rows(const Call& call, const RowsAt& at, double factor, float* to) {
     const std::int64_t pitch = rounded(call.width, Sizes<float>::column);
     clear(to, rounded(at.count, Shape::rows) * pitch);
     for (std::int64_t r = 0; r < at.count; ++r)
-        read_row(call.number, call.query, place(call.query, at.b, at.h, at.row + r), call.width, to + r * pitch);
+        read_scaled(call.number, call.query, place(call.query, at.b, at.h, at.row + r), call.width, factor, to + r * pitch);
 }
 
 // A tile of rows times the products of outer keys as a sum of terms, [term][row][width in vectors].
@@ -126,132 +136,6 @@ KORDER_INLINE void fold_terms(const float* rows, const float* keys, std::int64_t
         }
 }
 
-#if defined(__AMX_BF16__)
-
-struct alignas(64) TileShapes {
-    std::uint8_t palette = 1, start = 0, unused[14] = {};
-    std::uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// The processor's matrix registers, from here to the end of a block.
-struct MatrixTiles {
-    MatrixTiles() {
-        const TileShapes shapes;
-        _tile_loadconfig(&shapes);
-    }
-    ~MatrixTiles() { _tile_release(); }
-};
-
-// sums = left right: 16 rows, 32 columns.
-template <int Terms>
-KORDER_INLINE void multiply(Tile<float, 16, 2>& sums, const BFloat16* left, std::int64_t term, std::int64_t row,
-                            const BFloat16* right, std::int64_t pairs) {
-    constexpr std::int64_t next = 2 * 32;
-    _tile_zero(0);
-    _tile_zero(1);
-    for (std::int64_t l = 0; l < pairs; l += 16) {
-        _tile_loadd(2, right + l * next, next * 2);
-        _tile_loadd(3, right + l * next + 32, next * 2);
-#pragma GCC unroll 3
-        for (int t = 0; t < Terms; ++t) {
-            _tile_loadd(4, left + t * term + 2 * l, row * 2);
-            _tile_dpbf16ps(0, 4, 2);
-            _tile_dpbf16ps(1, 4, 3);
-        }
-    }
-    _tile_stored(0, &sums.at[0][0], sizeof sums.at[0]);
-    _tile_stored(1, &sums.at[0][1], sizeof sums.at[0]);
-}
-
-#else
-
-struct MatrixTiles {
-    MatrixTiles() {}
-};
-
-typedef std::uint32_t LoosePairs __attribute__((vector_size(KORDER_VECTOR_BYTES), aligned(2), may_alias));
-
-KORDER_INLINE vec<float> add_products(vec<float> sums, Wholes left, Wholes right) {
-#if defined(__AVX512BF16__)
-    return (vec<float>)_mm512_dpbf16_ps((__m512)sums, (__m512bh)left, (__m512bh)right);
-#else
-    const vec<float> even = (vec<float>)(left << 16) * (vec<float>)(right << 16);
-    return sums + even + (vec<float>)(left & 0xffff0000u) * (vec<float>)(right & 0xffff0000u);
-#endif
-}
-
-// sums += left right: terms of the left factor `term` numbers apart, its rows `row`, pairs of the summed axis two.
-template <int Terms, int Rows, int Vectors>
-KORDER_INLINE void multiply(Tile<float, Rows, Vectors>& sums, const BFloat16* left, std::int64_t term, std::int64_t row,
-                            const BFloat16* right, std::int64_t pairs) {
-    constexpr int width = Vector<float>::width;
-#pragma GCC unroll 2
-    for (std::int64_t l = 0; l < pairs; ++l, left += 2, right += 2 * Vectors * width) {
-        Wholes columns[Vectors];
-#pragma GCC unroll 8
-        for (int c = 0; c < Vectors; ++c) columns[c] = *reinterpret_cast<const LoosePairs*>(right + 2 * c * width);
-#pragma GCC unroll 3
-        for (int t = 0; t < Terms; ++t)
-#pragma GCC unroll 16
-            for (int r = 0; r < Rows; ++r) {
-                std::uint32_t pair;
-                __builtin_memcpy(&pair, left + t * term + r * row, sizeof pair);
-                const Wholes one = pair - Wholes{};
-#pragma GCC unroll 8
-                for (int c = 0; c < Vectors; ++c) sums.at[r][c] = add_products(sums.at[r][c], one, columns[c]);
-            }
-    }
-}
-
-#endif
-
-// How many rows of a tile products take: matrix registers take all of them always.
-template <int Rows>
-constexpr int product_rows() {
-#if defined(KORDER_MATRIX_TILES)
-    return Shape::rows;
-#else
-    return Rows;
-#endif
-}
-
-// scores[r][j] = scale * (folded[r] . key j) for the panels [first, last) of packed keys, `first` and `last` in keys.
-template <int Rows, int Terms>
-__attribute__((noinline)) void pair_scores(const BFloat16* folded, const BFloat16* panels, std::int64_t width, float scale,
-                                           std::int64_t first, std::int64_t last, float* scores) {
-    constexpr int panel = Sizes<float>::panel, pitch = Sizes<float>::pitch;
-    const std::int64_t depth = depth_of<BFloat16>(width), row = rounded(width, Sizes<float>::column);
-    for (std::int64_t p = first; p < last; p += panel) {
-        Tile<float, product_rows<Rows>(), Shape::keys> tile{};
-        multiply<Terms>(tile, folded, Shape::rows * row, row, panels + p * depth, depth / 2);
-#pragma GCC unroll 16
-        for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 8
-            for (int c = 0; c < Shape::keys; ++c)
-                store(scores + r * pitch + p + c * Vector<float>::width, scale * tile.at[r][c]);
-    }
-}
-
-// As `tile_values`, of weights that were narrowed.
-template <int Rows, bool Gated>
-__attribute__((noinline)) void pair_values(const BFloat16* weights, const BFloat16* columns, std::int64_t room,
-                                           std::int64_t padded, std::int64_t first, std::int64_t last,
-                                           const float* rescale, const float* gate, float* weighted) {
-    constexpr int column = Sizes<float>::column, pitch = Sizes<float>::pitch;
-    for (std::int64_t c = 0; c < padded; c += column) {
-        Tile<float, product_rows<Rows>(), Shape::columns> tile{};
-        multiply<1>(tile, weights + first, 0, pitch, columns + c * room + first * column, (last - first) / 2);
-        add_values<Rows, Gated>(tile, c, padded, rescale, gate, weighted);
-    }
-}
-
-// What products of either kind take for scores: rows times outer keys.
-template <class Real>
-KORDER_INLINE const Real* folded_tile(const Call& call, const Real* rows, const Real* keys, Real* to) {
-    return fold_tile(rows, keys, call.width, to);
-}
-
 inline const BFloat16* folded_tile(const Call& call, const float* rows, const float* keys, BFloat16* to) {
     switch (call.order) {
         case 1: fold_terms<1>(rows, keys, call.width, to); break;
@@ -261,36 +145,10 @@ inline const BFloat16* folded_tile(const Call& call, const float* rows, const fl
     return to;
 }
 
-// Scores by products of either kind; in float32 and float64 the scale is in the folded rows.
-template <int Rows, class Real>
-KORDER_INLINE void scores_of(const Call& call, const Real* folded, const Real* panels, std::int64_t first, std::int64_t last,
-                             Real* scores) {
-    tile_scores<Real, Rows>(folded, panels, call.width, first, last, scores);
-}
-
-template <int Rows>
-KORDER_INLINE void scores_of(const Call& call, const BFloat16* folded, const BFloat16* panels, std::int64_t first,
-                             std::int64_t last, float* scores) {
-    const float scale = float(call.scale);
-    switch (call.order) {
-        case 1: return pair_scores<Rows, 1>(folded, panels, call.width, scale, first, last, scores);
-        case 2: return pair_scores<Rows, 2>(folded, panels, call.width, scale, first, last, scores);
-        default: return pair_scores<Rows, most_terms>(folded, panels, call.width, scale, first, last, scores);
-    }
-}
-
-// The weighted values by products of either kind.
-template <int Rows, bool Gated, class Real>
-KORDER_INLINE void values_of(const Real* weights, const Real* columns, std::int64_t room, std::int64_t padded,
-                             std::int64_t first, std::int64_t last, const Real* rescale, const Real* gate, Real* weighted) {
-    tile_values<Real, Rows, Gated>(weights, columns, room, padded, first, last, rescale, gate, weighted);
-}
-
-template <int Rows, bool Gated>
-KORDER_INLINE void values_of(const BFloat16* weights, const BFloat16* columns, std::int64_t room, std::int64_t padded,
-                             std::int64_t first, std::int64_t last, const float* rescale, const float* gate,
-                             float* weighted) {
-    pair_values<Rows, Gated>(weights, columns, room, padded, first, last, rescale, gate, weighted);
+// The same in float32 and float64, which have one term.
+template <class Real>
+KORDER_INLINE const Real* folded_tile(const Call& call, const Real* rows, const Real* keys, Real* to) {
+    return fold_tile(rows, keys, call.width, to);
 }
 
 }  // namespace korder::KORDER_ISA

@@ -69,21 +69,32 @@ KORDER_INLINE Real exponentiate(Real* scores, std::int64_t first, std::int64_t l
     return sum_of<Real>(sums[0]);
 }
 
+// Weighted values of rows, [rows][padded], and what their roundings lost: there may be many outer tuples, each of which
+// adds a little, and in float32 that would show.
+template <class Real>
+struct Weighted {
+    Real *sums, *lost;
+};
+
 // weighted[r] = weighted[r] * rescale[r] + gate * (one register tile), for the columns from `c` on.
 template <int Rows, bool Gated, class Real, int All, int Vectors>
 KORDER_INLINE void add_values(const Tile<Real, All, Vectors>& tile, std::int64_t c, std::int64_t padded,
-                              const Real* rescale, const Real* gate, Real* weighted) {
+                              const Real* rescale, const Real* gate, const Weighted<Real>& weighted) {
     constexpr int width = Vector<Real>::width;
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
         for (int v = 0; v < Vectors; ++v) {
-            Real* at = weighted + r * padded + c + v * width;
-            const vec<Real> before = load(at) * rescale[r];
+            const std::int64_t at = r * padded + c + v * width;
+            const vec<Real> before = load(weighted.sums + at) * rescale[r];
+            vec<Real> part = -load(weighted.lost + at) * rescale[r];
             if constexpr (Gated)
-                store(at, before + load(gate + c + v * width) * tile.at[r][v]);
+                part += load(gate + c + v * width) * tile.at[r][v];
             else
-                store(at, before + tile.at[r][v]);
+                part += tile.at[r][v];
+            const vec<Real> sum = before + part;
+            store(weighted.sums + at, sum);
+            store(weighted.lost + at, (sum - before) - part);
         }
 }
 
@@ -91,7 +102,7 @@ KORDER_INLINE void add_values(const Tile<Real, All, Vectors>& tile, std::int64_t
 template <class Real, int Rows, bool Gated>
 __attribute__((noinline)) void tile_values(const Real* weights, const Real* columns, std::int64_t room,
                                            std::int64_t padded, std::int64_t first, std::int64_t last,
-                                           const Real* rescale, const Real* gate, Real* weighted) {
+                                           const Real* rescale, const Real* gate, const Weighted<Real>& weighted) {
     constexpr int column = Sizes<Real>::column, pitch = Sizes<Real>::pitch;
     for (std::int64_t c = 0; c < padded; c += column) {
         Tile<Real, Rows, Shape::columns> tile{};
