@@ -74,16 +74,16 @@ SHIPPED: Mapping[str, Rates] = {
         exact_call=2.3e-4,
         call=3.7e-3,
     ),
-    # the same on one H100, float32, beside other work, but `wide` and `rows`; its calls are what takes the time
+    # the same on one H200, float32; its calls are what takes the time
     "cuda": Rates(
-        exact=4.1e12,
-        exponentials=1.4e10,
-        polynomial=3.8e10,
-        wide=3.8e10,
-        running=1.2e8,
-        rows=34.0,
-        exact_call=2e-3,
-        call=2.7e-2,
+        exact=2.8e13,
+        exponentials=5.1e9,
+        polynomial=4.0e10,
+        wide=2.0e10,
+        running=1.0e8,
+        rows=1.0,
+        exact_call=2.5e-3,
+        call=2.9e-2,
     ),
     # not measured
     "jax": Rates(

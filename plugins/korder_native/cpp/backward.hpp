@@ -1,10 +1,10 @@
-// The exact backward: scores again from lse, six products, nothing of the size of the scores kept.
+// The exact backward: scores again from lse, five products, nothing of the size of the scores kept.
 //
 // A block of rows meets a block of contracted keys under every outer tuple while both stay near the core. Weights P and
-// score gradients D of the block are held; from them come, per tile of rows, D K and P V, whose rows scatter into the
-// gradients of queries, outer keys and outer values, and, per block, the sums over rows D^T Q and P^T G for the
-// contracted mode. Blocks of rows go to threads by a fixed rule; where there are fewer of them than threads, each is parted
-// by outer keys, at order 1 by the contracted ones.
+// score gradients D of the block are held; from them come, per tile of rows, D K, which scatters into the gradients of
+// queries and outer keys, and, per block, the sums over rows D^T Q for the contracted keys and P^T G for the contracted and
+// for the outer values. Blocks of rows go to threads by a fixed rule; where there are fewer of them than threads, each is
+// parted by outer keys, at order 1 by the contracted ones.
 #pragma once
 
 #include "gradient_sums.hpp"
@@ -234,21 +234,19 @@ private:
         const RowBlock<Real>& block_of_rows = mine.rows;
         const std::int64_t first = block.first - start;
         block_of_rows.fold(call_, at, mine.outer.keys[level], mine.outer.gate[level]);
-        const bool to_keys = wants_outer(call_.keys_gradient), to_values = wants_outer(call_.values_gradient);
+        const bool to_keys = wants_outer(call_.keys_gradient);
         const GradientTile<Real> step{call_, block_of_rows, plan_.chunk,
                                       head.key_panels + first * call_.width,
                                       head.value_panels + first * call_.value_width,
                                       head.key_columns + first * Sizes<Real>::column,
-                                      head.value_columns + first * Sizes<Real>::column,
                                       mine.outer.keys[level]};
         block_of_rows.start_tuple();
         for (std::int64_t row = 0; row < at.count; row += rows) {
             const Span keys = step.weights(row, spans + row, outer.bias[level] + row, extra, whole);
             if (keys.first >= keys.last) continue;
             if (call_.query_gradient || to_keys) step.through_keys(row, keys, to_keys);
-            if (to_values) step.through_values(row, keys);
         }
-        contracted(whole, at, block, start, mine, sums);
+        contracted(whole, at, block, start, head.value_columns + first * Sizes<Real>::column, mine, sums);
         for (int t = 0; t < level; ++t) scatter(t, outer.keys[t], at, mine, sums);
     }
 
@@ -258,18 +256,24 @@ private:
         return false;
     }
 
-    // Sums over rows for the contracted mode: D^T Q and P^T G, and of D for its biases.
-    void contracted(Span whole, const RowsAt& at, Span block, std::int64_t start, const Memory& mine,
-                    const GradientSums<Real>& sums) const {
+    // Sums over rows for the contracted mode: D^T Q and P^T G, and of D for its biases. The second, over keys, is the outer
+    // values' as well, which saves them a product of their own.
+    void contracted(Span whole, const RowsAt& at, Span block, std::int64_t start, const Real* value_columns,
+                    const Memory& mine, const GradientSums<Real>& sums) const {
         const int t = call_.outer();
         const RowBlock<Real>& held = mine.rows;
-        const std::int64_t count = rounded(at.count, rows), length = block.last - block.first;
+        const std::int64_t count = rounded(at.count, rows), length = block.last - block.first, first = block.first - start;
         if (Real* to = sums.keys[t].to)
-            sum_over_rows(held.gradients, held.folded_rows, count, whole, held.width, length, call_.width,
-                          to + (block.first - start) * call_.width);
-        if (Real* to = sums.values[t].to)
-            sum_over_rows(held.weights, held.gated_rows, count, whole, held.value_width, length, call_.value_width,
-                          to + (block.first - start) * call_.value_width);
+            sum_over_rows<Real>({held.gradients, held.query_rows, count, call_.width, held.width, length,
+                                 mine.outer.keys[t], to + first * call_.width, nullptr, 0, nullptr},
+                                whole);
+        Real* to = sums.values[t].to;
+        Real* shared = wants_outer(call_.values_gradient) ? held.value_sums : nullptr;
+        if (to || shared)
+            sum_over_rows<Real>({held.weights, held.gradient_rows, count, call_.value_width, held.value_width, length,
+                                 mine.outer.gate[t], to ? to + first * call_.value_width : nullptr, value_columns,
+                                 plan_.chunk, shared},
+                                whole);
         if (!sums.biases[t].to) return;
         const std::int64_t last = lesser(whole.last, length);
         for (std::int64_t r = 0; r < at.count; ++r) {

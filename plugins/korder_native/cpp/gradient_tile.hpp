@@ -1,4 +1,4 @@
-// The steps of one tile on the way back: its weights and score gradients, and what they give through keys and values.
+// The steps of one tile on the way back: its weights and score gradients, what they give through keys, and sums over rows.
 #pragma once
 
 #include "rows.hpp"
@@ -44,50 +44,71 @@ __attribute__((noinline)) void tile_through(const Real* left, const Real* column
     }
 }
 
-// One tile of `sum_over_rows` whose rows or columns are not all there; `count` and `columns` are. A function of its own, so
-// that the other tiles stay in registers.
+// What becomes of a sum over rows, left[row][j] right[row] for every key j: it is added to `to`, [count][width], times the
+// outer keys' or values' product; and `others`, packed columns of the contracted mode with room for `room` keys, times it
+// is added to `shared`, the sum over keys that outer modes share. Each but `right` may be left out. The sums are somebody's
+// result: nothing beyond them is touched.
 template <class Real>
-__attribute__((noinline)) void sum_corner_over_rows(const Real* left, const Real* right, std::int64_t rows,
-                                                    std::int64_t padded, std::int64_t count, std::int64_t columns,
-                                                    std::int64_t width, Real* to) {
-    constexpr int lanes = Vector<Real>::width;
+struct OverRows {
+    const Real *left, *right;
+    std::int64_t rows, width, padded, count;
+    const Real* factor;
+    Real* to;
+    const Real* others;
+    std::int64_t room;
+    Real* shared;
+};
+
+// One register tile of it, whose keys and columns may not all be there: a function of its own, so that the other tiles stay
+// in registers.
+template <class Real>
+__attribute__((noinline)) void sum_corner_over_rows(const OverRows<Real>& x, std::int64_t j, std::int64_t c) {
+    constexpr int lanes = Vector<Real>::width, column = Sizes<Real>::column;
     Tile<Real, Shape::rows, Shape::columns> tile{};
-    multiply(tile, left, Sizes<Real>::pitch, 1, right, padded, rows);
-    for (int r = 0; r < Shape::rows && r < count; ++r)
-        for (int v = 0; v < Shape::columns && v * lanes < columns; ++v) {
-            Real* at = to + r * width + v * lanes;
-            if ((v + 1) * lanes <= columns) {
-                store(at, load(at) + tile.at[r][v]);
-                continue;
-            }
+    multiply(tile, x.left + j, Sizes<Real>::pitch, 1, x.right + c, x.padded, x.rows);
+    for (int r = 0; r < Shape::rows && r < x.count - j; ++r)
+        for (int v = 0; v < Shape::columns && v * lanes < x.width - c; ++v) {
+            const std::int64_t first = c + v * lanes;
             Real line[lanes];
             store(line, tile.at[r][v]);
-            for (int c = 0; c < columns - v * lanes; ++c) at[c] += line[c];
+            for (std::int64_t l = 0; l < lanes && l < x.width - first; ++l) {
+                const Real factor = x.factor ? x.factor[first + l] : Real(1);
+                if (x.to) x.to[(j + r) * x.width + first + l] += factor * line[l];
+                if (x.shared) x.shared[first + l] += x.others[c * x.room + (j + r) * column + v * lanes + l] * line[l];
+            }
         }
 }
 
-// sums[j] += sum over rows of left[row][j] right[row], for the keys j of a span of panels that are below `count`. The
-// sums are dense, [count][width], and may be somebody's result: nothing beyond them is touched.
+// The keys of a span of panels that are below `count`.
 template <class Real>
-__attribute__((noinline)) void sum_over_rows(const Real* left, const Real* right, std::int64_t rows, Span keys,
-                                             std::int64_t padded, std::int64_t count, std::int64_t width, Real* sums) {
+__attribute__((noinline)) void sum_over_rows(const OverRows<Real>& x, Span keys) {
     constexpr int height = Shape::rows, column = Sizes<Real>::column, lanes = Vector<Real>::width;
-    for (std::int64_t j = keys.first; j < lesser(keys.last, count); j += height)
-        for (std::int64_t c = 0; c < width; c += column) {
-            Real* to = sums + j * width + c;
-            if (j + height > count || c + column > width) {
-                sum_corner_over_rows(left + j, right + c, rows, padded, count - j, width - c, width, to);
+    for (std::int64_t j = keys.first; j < lesser(keys.last, x.count); j += height)
+        for (std::int64_t c = 0; c < x.width; c += column) {
+            if (j + height > x.count || c + column > x.width) {
+                sum_corner_over_rows(x, j, c);
                 continue;
             }
             Tile<Real, height, Shape::columns> tile{};
-            multiply(tile, left + j, Sizes<Real>::pitch, 1, right + c, padded, rows);
-#pragma GCC unroll 8
-            for (int r = 0; r < height; ++r)
+            multiply(tile, x.left + j, Sizes<Real>::pitch, 1, x.right + c, x.padded, x.rows);
 #pragma GCC unroll 4
-                for (int v = 0; v < Shape::columns; ++v) {
-                    Real* at = to + r * width + v * lanes;
-                    store(at, load(at) + tile.at[r][v]);
+            for (int v = 0; v < Shape::columns; ++v) {
+                const std::int64_t first = c + v * lanes;
+                if (x.to) {
+                    const vec<Real> factor = x.factor ? load(x.factor + first) : spread(Real(1));
+#pragma GCC unroll 8
+                    for (int r = 0; r < height; ++r) {
+                        Real* at = x.to + (j + r) * x.width + first;
+                        store(at, load(at) + factor * tile.at[r][v]);
+                    }
                 }
+                if (!x.shared) continue;
+                const Real* others = x.others + c * x.room + j * column + v * lanes;
+                vec<Real> sum = {};
+#pragma GCC unroll 8
+                for (int r = 0; r < height; ++r) sum += load(others + r * column) * tile.at[r][v];
+                store(x.shared + first, load(x.shared + first) + sum);
+            }
         }
 }
 
@@ -97,7 +118,7 @@ struct GradientTile {
     const Call& call;
     const RowBlock<Real>& block;
     std::int64_t room;
-    const Real *key_panels, *value_panels, *key_columns, *value_columns;
+    const Real *key_panels, *value_panels, *key_columns;
     const Real* outer_keys;
 
     // Makes weights and score gradients of the rows from `row` on; zero outside their keys within `whole`, and a little
@@ -132,11 +153,6 @@ struct GradientTile {
         const std::int64_t at = row * block.width;
         tile_through<Real, rows>(block.gradients + row * pitch, key_columns, room, block.width, keys, outer_keys,
                                  block.of_queries + at, block.query_rows + at, to_outer ? block.key_sums : nullptr);
-    }
-
-    void through_values(std::int64_t row, Span keys) const {
-        tile_through<Real, rows>(block.weights + row * pitch, value_columns, room, block.value_width, keys, nullptr, nullptr,
-                                 block.gradient_rows + row * block.value_width, block.value_sums);
     }
 
 private:

@@ -62,7 +62,7 @@ KORDER_INLINE bool is_open(const Mode& mode, std::int64_t b, std::int64_t g, std
 template <class Real>
 KORDER_INLINE Real bias_at(const Call& call, const Mode& mode, std::int64_t b, std::int64_t h, std::int64_t i,
                            std::int64_t j) {
-    Real found;
+    Real found = 0;
     read_row(call.number, mode.bias, place(mode.bias, b, h, i) + j * mode.bias.column, 1, &found);
     return found;
 }

@@ -49,7 +49,7 @@ struct RowBlock {
     std::int64_t count, width, value_width;  // rows in whole tiles, widths in whole vectors
     Real *query_tiles, *gradient_tiles;      // [tile][width][lanes]
     Real *query_rows, *gradient_rows;        // [row][width in vectors]
-    Real *folded_tiles, *gated_tiles, *folded_rows, *gated_rows;  // the same times outer keys, or values
+    Real *folded_tiles, *gated_tiles;        // the tiles times outer keys, or values
     Real *weights, *gradients;               // of the scores, [row][pitch]
     Real *of_queries;                        // their gradient so far
     Real *reference, *delta, *row_sums;      // [row]
@@ -67,8 +67,6 @@ struct RowBlock {
         const bool folds = call.outer() > 0;
         folded_tiles = folds ? arena.take<Real>(tiles * call.width * lanes) : query_tiles;
         gated_tiles = folds ? arena.take<Real>(tiles * call.value_width * lanes) : gradient_tiles;
-        folded_rows = folds ? arena.take<Real>(count * width) : query_rows;
-        gated_rows = folds ? arena.take<Real>(count * value_width) : gradient_rows;
         weights = arena.take<Real>(count * pitch), gradients = arena.take<Real>(count * pitch);
         of_queries = arena.take<Real>(count * width);
         reference = arena.take<Real>(count), delta = arena.take<Real>(count), row_sums = arena.take<Real>(count);
@@ -116,18 +114,9 @@ struct RowBlock {
             fold_tile(gradient_tiles + t * call.value_width * lanes, gate, call.value_width,
                       gated_tiles + t * call.value_width * lanes);
         }
-        fold_rows(query_rows, keys, tiles * Shape::rows, width, folded_rows);
-        fold_rows(gradient_rows, gate, tiles * Shape::rows, value_width, gated_rows);
     }
 
     void start_tuple() const { clear(key_sums, width), clear(value_sums, value_width); }
-
-private:
-    static void fold_rows(const Real* rows, const Real* factor, std::int64_t count, std::int64_t width, Real* to) {
-        for (std::int64_t r = 0; r < count; ++r)
-            for (std::int64_t c = 0; c < width; c += Vector<Real>::width)
-                store(to + r * width + c, load(rows + r * width + c) * load(factor + c));
-    }
 };
 
 }  // namespace korder::KORDER_ISA
