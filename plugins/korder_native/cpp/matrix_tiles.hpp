@@ -5,7 +5,14 @@
 
 namespace korder::KORDER_ISA {
 
+// Registers 0 to 3 hold sums, 4 to 6 the terms of the left factor, 7 the right one. Instructions name their registers, so
+// the numbers must be constants, and these macros.
 #if defined(__AMX_BF16__)
+
+#define KORDER_CLEAR(to) _tile_zero(to)
+#define KORDER_LOAD(to, from, bytes) _tile_loadd(to, from, bytes)
+#define KORDER_STORE(from, to, bytes) _tile_stored(from, to, bytes)
+#define KORDER_ADD_PRODUCT(sums, left, right) _tile_dpbf16ps(sums, left, right)
 
 struct alignas(64) TileShapes {
     std::uint8_t palette = 1, start = 0, unused[14] = {};
@@ -22,28 +29,74 @@ struct MatrixTiles {
     ~MatrixTiles() { _tile_release(); }
 };
 
-// Registers 0 to 3 hold sums, 4 to 6 the terms of the left factor, 7 the right one; their numbers must be constants.
-#define KORDER_TERMS_TIMES(sums, from)             \
-    _tile_loadd(7, from, 128);                     \
-    _tile_dpbf16ps(sums, 4, 7);                    \
-    if constexpr (Terms > 1) _tile_dpbf16ps(sums, 5, 7); \
-    if constexpr (Terms > 2) _tile_dpbf16ps(sums, 6, 7)
+#else
+
+struct MatrixTiles {
+    MatrixTiles() {}
+};
+
+// Instruction by instruction the same.
+struct MatrixRegister {
+    unsigned char row[16][64];
+
+    void clear() { __builtin_memset(row, 0, sizeof row); }
+
+    void load(const void* from, std::int64_t bytes) {
+        for (int r = 0; r < 16; ++r) __builtin_memcpy(row[r], static_cast<const char*>(from) + r * bytes, 64);
+    }
+
+    void store(void* to, std::int64_t bytes) const {
+        for (int r = 0; r < 16; ++r) __builtin_memcpy(static_cast<char*>(to) + r * bytes, row[r], 64);
+    }
+
+    void add_product(const MatrixRegister& left, const MatrixRegister& right) {
+        for (int r = 0; r < 16; ++r) {
+            float sums[16];
+            BFloat16 ours[32], theirs[32];
+            __builtin_memcpy(sums, row[r], sizeof sums);
+            __builtin_memcpy(ours, left.row[r], sizeof ours);
+            for (int l = 0; l < 16; ++l) {
+                __builtin_memcpy(theirs, right.row[l], sizeof theirs);
+                for (int c = 0; c < 16; ++c)
+                    sums[c] += widened(ours[2 * l]) * widened(theirs[2 * c]) +
+                               widened(ours[2 * l + 1]) * widened(theirs[2 * c + 1]);
+            }
+            __builtin_memcpy(row[r], sums, sizeof sums);
+        }
+    }
+};
+
+static thread_local MatrixRegister registers[8];
+
+#define KORDER_CLEAR(to) registers[to].clear()
+#define KORDER_LOAD(to, from, bytes) registers[to].load(from, bytes)
+#define KORDER_STORE(from, to, bytes) registers[from].store(to, bytes)
+#define KORDER_ADD_PRODUCT(sums, left, right) registers[sums].add_product(registers[left], registers[right])
+
+#endif
+
+#define KORDER_TERMS_TIMES(sums, from)                      \
+    KORDER_LOAD(7, from, 128);                              \
+    KORDER_ADD_PRODUCT(sums, 4, 7);                         \
+    if constexpr (Terms > 1) KORDER_ADD_PRODUCT(sums, 5, 7); \
+    if constexpr (Terms > 2) KORDER_ADD_PRODUCT(sums, 6, 7)
 
 // to = left right: 16 rows, `Halves` times 32 columns, the second of them `apart` numbers behind the first; terms of the
 // left factor are `term` numbers apart, its rows `row`, rows of the result `pitch`.
 template <int Terms, int Halves>
 KORDER_INLINE void multiply(const BFloat16* left, std::int64_t term, std::int64_t row, const BFloat16* right,
                             std::int64_t apart, std::int64_t pairs, float* to, std::int64_t pitch) {
-    _tile_zero(0);
-    _tile_zero(1);
+    __asm__ volatile("" ::: "memory");  // GCC does not know that the loads below read memory
+    KORDER_CLEAR(0);
+    KORDER_CLEAR(1);
     if constexpr (Halves > 1) {
-        _tile_zero(2);
-        _tile_zero(3);
+        KORDER_CLEAR(2);
+        KORDER_CLEAR(3);
     }
     for (std::int64_t l = 0; l < pairs; l += 16, left += 32, right += 16 * 64) {
-        _tile_loadd(4, left, row * 2);
-        if constexpr (Terms > 1) _tile_loadd(5, left + term, row * 2);
-        if constexpr (Terms > 2) _tile_loadd(6, left + 2 * term, row * 2);
+        KORDER_LOAD(4, left, row * 2);
+        if constexpr (Terms > 1) KORDER_LOAD(5, left + term, row * 2);
+        if constexpr (Terms > 2) KORDER_LOAD(6, left + 2 * term, row * 2);
         KORDER_TERMS_TIMES(0, right);
         KORDER_TERMS_TIMES(1, right + 32);
         if constexpr (Halves > 1) {
@@ -51,37 +104,19 @@ KORDER_INLINE void multiply(const BFloat16* left, std::int64_t term, std::int64_
             KORDER_TERMS_TIMES(3, right + apart + 32);
         }
     }
-    _tile_stored(0, to, pitch * 4);
-    _tile_stored(1, to + 16, pitch * 4);
+    KORDER_STORE(0, to, pitch * 4);
+    KORDER_STORE(1, to + 16, pitch * 4);
     if constexpr (Halves > 1) {
-        _tile_stored(2, to + 32, pitch * 4);
-        _tile_stored(3, to + 48, pitch * 4);
+        KORDER_STORE(2, to + 32, pitch * 4);
+        KORDER_STORE(3, to + 48, pitch * 4);
     }
 }
 
 #undef KORDER_TERMS_TIMES
-
-#else
-
-struct MatrixTiles {
-    MatrixTiles() {}
-};
-
-template <int Terms, int Halves>
-inline void multiply(const BFloat16* left, std::int64_t term, std::int64_t row, const BFloat16* right, std::int64_t apart,
-                     std::int64_t pairs, float* to, std::int64_t pitch) {
-    for (int r = 0; r < 16; ++r)
-        for (int c = 0; c < 32 * Halves; ++c) {
-            const BFloat16* column = right + c / 32 * apart + c % 32 * 2;
-            float sum = 0;
-            for (std::int64_t l = 0; l < 2 * pairs; ++l)
-                for (int t = 0; t < Terms; ++t)
-                    sum += widened(left[t * term + r * row + l]) * widened(column[l / 2 * 64 + l % 2]);
-            to[r * pitch + c] = sum;
-        }
-}
-
-#endif
+#undef KORDER_CLEAR
+#undef KORDER_LOAD
+#undef KORDER_STORE
+#undef KORDER_ADD_PRODUCT
 
 // scores[r][j] = scale * (folded[r] . key j) for the panels [first, last) of packed keys, `first` and `last` in keys. Two
 // panels together give the registers enough sums that do not wait for each other.
