@@ -174,3 +174,22 @@ def test_the_memory_limit_holds_for_backward() -> None:
         assert plan.polynomial is not None
         assert plan.cost.peak_memory <= limit
         assert backward_workspace(plan.problem, 4, plan.polynomial.chunk) <= limit
+
+
+def test_gradients_are_not_held_twice() -> None:
+    """Blocks are let go of as they are joined; with few features the gradients are most of what there is."""
+    case = polynomial_case(
+        2, "plain", "full", degree=1, dtype="float32", batch=1, heads=1, groups=1, queries=4097,
+        lengths=(4099, 4111), query_width=24, value_width=24, scale=0.02,
+    )  # fmt: skip
+    plan, saved = run(case)
+    assert plan.polynomial is not None
+    planned = backward_workspace(plan.problem, 1, plan.polynomial.chunk)
+    kernel, grads = KERNELS["numpy"](xp, plan), OutputGradients(np.ones_like(saved.output), np.ones_like(saved.lse))
+    operands = case.operands()
+    tracemalloc.start()
+    found = kernel.backward(operands, saved, grads, needs=NEEDS)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    given = sum(x.nbytes for x in (found.query, *found.keys, *found.values))
+    assert peak - given <= min(0.9 * given, 1.2 * planned), (peak - given, planned, given)

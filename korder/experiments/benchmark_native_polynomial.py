@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from functools import partial
+from typing import Any
 
 from korder.experiments import benchmark_native
 from korder.experiments.benchmark_cases import Case, make_case, require_forward, require_same
@@ -98,18 +99,31 @@ print_growth(*sys.argv[1:])
 
 
 def print_growth(backend: str, width: str, degree: str, n: str, mask: str) -> None:
-    """Print by how much this process grew over one forward beyond its results, and what the kernel declares."""
+    """Print by how much this process grew over a forward and a backward beyond their results, and what is declared."""
     spec = AttentionSpec(order=2, method=Polynomial(degree=int(degree)), mask={"kind": mask})
     make_case(spec, 64, int(width), backend, SCORE_RMS).forward()
     case = make_case(spec, int(n), int(width), backend, SCORE_RMS)
     found, growth = with_growth(case.forward)
     rows = (found.output, found.lse, found.normaliser, found.moments, found.magnitude)
-    given = sum(int(x.nbytes) for x in rows if x is not None)
-    print(json.dumps([growth - given, int(getattr(case.prepared.kernel, "workspace_bytes", 0))]))
+    saved = case.forward(save=True)
+    gradients, of_backward = with_growth(lambda: case.backward(saved))
+    print(
+        json.dumps(
+            [
+                growth - _bytes(rows),
+                of_backward - _bytes((gradients.query, *gradients.keys, *gradients.values)),
+                int(getattr(case.prepared.kernel, "workspace_bytes", 0)),
+            ]
+        )
+    )
+
+
+def _bytes(arrays: tuple[Any, ...]) -> int:
+    return sum(int(x.nbytes) for x in arrays if x is not None)
 
 
 def memory(settings: Settings) -> Measured:
-    """Peak memory of a forward beyond operands and results, a thread, in a process of its own; what is declared."""
+    """Peak memory beyond operands and results, a thread, in a process of its own; what a forward declares."""
     limit, threads, n = benchmark_native.MIB_A_THREAD, usable_cores(), 1024 if settings.quick else 16384
     if sys.platform == "win32":
         return Measured("-", f"<= {limit}", None, "this system does not tell a process's peak memory")
@@ -117,9 +131,10 @@ def memory(settings: Settings) -> Measured:
     for width, degree in SIZES:
         for mask in ("full", "causal"):
             arguments = settings.backend, str(width), str(degree), str(n), mask
-            growth, declared = json.loads(run_python(_MEMORY_PROGRAM, *arguments, environment=RETURNS_MEMORY))
+            growth, back, declared = json.loads(run_python(_MEMORY_PROGRAM, *arguments, environment=RETURNS_MEMORY))
             shown = f"{mib_text(growth)}, {mib_text(declared)} declared"
             found.append(Turn(f"d = {width} {mask}", growth / threads / 2**20, limit, shown))
+            found.append(Turn(f"backward d = {width} {mask}", back / threads / 2**20, limit, mib_text(back)))
     return measured(found, f"MiB a thread, {threads} threads", most=True)
 
 

@@ -96,8 +96,10 @@ class GradientStore:
         return tuple(self._laid_out(store, array) for store, array in zip(stores, like, strict=True))
 
     def _laid_out(self, store: Blocks, like: Array) -> Array:
+        """Return the blocks as one array like an operand, and let go of them: not all are to be there twice."""
         batch, heads = like.shape[:2]
         blocks = self._in_order(store, [(b, h) for b in range(batch) for h in range(heads)])
+        store.clear()
         return self.xp.reshape(self.xp.concat(blocks, axis=0), like.shape) if blocks else self.xp.zeros_like(like)
 
     def _in_order(self, store: Blocks, places: list[tuple[int, int]]) -> list[Array]:

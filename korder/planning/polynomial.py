@@ -10,7 +10,7 @@ from math import ceil, comb, log2, prod
 
 from korder.errors import UnsupportedProblemError
 from korder.planning.coefficients import coefficients_of
-from korder.planning.cost import live_share, operand_bytes
+from korder.planning.cost import ITEM_BYTES, live_share, operand_bytes
 from korder.planning.explain import size
 from korder.planning.plan import Cost, Plan, PolynomialPlan, Pruning
 from korder.planning.pruning import kept_monomials, pruning_of
@@ -180,14 +180,20 @@ def forward_workspace(
 def backward_workspace(problem: Problem, degree: int, chunk: int, pruning: Pruning | None = None) -> int:
     """Return bytes beyond inputs and outputs, all gradients wanted; counted as `forward_workspace`.
 
-    Gradients are collected in blocks, which live next to the arrays that they are joined into: as large as these are.
+    Gradients are collected in blocks, which are joined into arrays one operand after the other: one of them is there twice.
     """
     keys = problem.batch * problem.groups * sum(problem.lengths)
     rows = 24 * problem.batch * problem.heads * problem.queries
     passes = _backward_passes(problem, degree, chunk, pruning)
     if _windows(problem):  # the gradients of a plane's keys from one walk wait for those from the other
         passes += 2 * sum(problem.lengths) * (2 * problem.score_width * _item(problem) + 8 * (problem.value_width + 1))
-    return rows + max(passes, operand_bytes(problem) + 8 * keys)
+    return rows + max(passes, _largest_gradient(problem) + 8 * keys)
+
+
+def _largest_gradient(problem: Problem) -> int:
+    rows = problem.heads * problem.queries * problem.query_width
+    keys = (m * max(width, problem.value_width) for m, width in zip(problem.lengths, problem.key_widths, strict=True))
+    return problem.batch * max(rows, problem.groups * max(keys)) * ITEM_BYTES[problem.dtype]
 
 
 def _backward_passes(problem: Problem, degree: int, chunk: int, pruning: Pruning | None) -> int:

@@ -17,7 +17,7 @@ def test_conformance(check: Callable[[], None]) -> None:
     check()
 
 
-@pytest.mark.parametrize("isa", ISAS[1:])
+@pytest.mark.parametrize("isa", ALL_ISAS[1:])
 @pytest.mark.parametrize("part", ["core", "value.together", "gradient.masks", "edge.large_scores"])
 def test_another_instruction_set(isa: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KORDER_NATIVE_ISA", isa)
