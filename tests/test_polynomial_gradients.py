@@ -176,20 +176,23 @@ def test_the_memory_limit_holds_for_backward() -> None:
         assert backward_workspace(plan.problem, 4, plan.polynomial.chunk) <= limit
 
 
-def test_gradients_are_not_held_twice() -> None:
-    """Blocks are let go of as they are joined; with few features the gradients are most of what there is."""
+@pytest.mark.parametrize("needs", [NEEDS, {"query"}, {"keys"}, {"values"}], ids=str)
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_gradients_are_not_held_twice(mask: str, needs: set[str]) -> None:
+    """Blocks are let go of as they are joined, and only of what is wanted; with few features they are most of all."""
     case = polynomial_case(
-        2, "plain", "full", degree=1, dtype="float32", batch=1, heads=1, groups=1, queries=4097,
-        lengths=(4099, 4111), query_width=24, value_width=24, scale=0.02,
+        2, "plain", mask, degree=1, dtype="float32", batch=1, heads=4, groups=4, queries=1025,
+        lengths=(1025, 1025), query_width=24, value_width=24, scale=0.02,
     )  # fmt: skip
     plan, saved = run(case)
     assert plan.polynomial is not None
     planned = backward_workspace(plan.problem, 1, plan.polynomial.chunk)
     kernel, grads = KERNELS["numpy"](xp, plan), OutputGradients(np.ones_like(saved.output), np.ones_like(saved.lse))
     operands = case.operands()
+    kernel.backward(operands, saved, grads, needs=frozenset(needs))
     tracemalloc.start()
-    found = kernel.backward(operands, saved, grads, needs=NEEDS)
+    found = kernel.backward(operands, saved, grads, needs=frozenset(needs))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    given = sum(x.nbytes for x in (found.query, *found.keys, *found.values))
-    assert peak - given <= min(0.9 * given, 1.2 * planned), (peak - given, planned, given)
+    given = sum(x.nbytes for x in (found.query, *found.keys, *found.values) if x is not None)
+    assert peak - given <= 1.2 * planned, (peak - given, planned, given)

@@ -42,7 +42,7 @@ from korder.experiments.benchmark_figures import (
     time_text,
 )
 from korder.experiments.benchmark_memory import RETURNS_MEMORY, with_growth
-from korder.experiments.machine import has_cpu_flag, usable_cores
+from korder.experiments.machine import usable_cores
 from korder.experiments.roofline import Roofs, measured_roofs, point_of
 from korder.spec import AttentionSpec, Causal
 from korder.spi.operands import KernelOutput, OperandGradients
@@ -200,9 +200,15 @@ def bfloat16(settings: Settings) -> Measured:
         f"x float32, n = {n}",
     )
     beside = f"{found.detail}; backward, widened, {back_of_wide / back:.2f} x"
-    if has_cpu_flag("avx512_bf16"):
+    if multiplies_bfloat16(narrow):
         return replace(found, detail=beside)
-    return replace(found, met=None, detail=f"widened, this processor does not multiply bfloat16; {beside}")
+    return replace(found, met=None, detail=f"widened, nothing here multiplies bfloat16; {beside}")
+
+
+def multiplies_bfloat16(case: Case) -> bool:
+    """Return whether the kernel of a case runs an instruction set with products of bfloat16."""
+    kernels = getattr(case.prepared.kernel, "kernels", None)
+    return bool(getattr(kernels, "narrows", False))
 
 
 def backward(settings: Settings) -> Measured:

@@ -30,12 +30,13 @@ KEY_SIDE = frozenset({"keys", "values", "biases", "weight"})
 
 
 class GradientStore:
-    """Collects the gradients of all planes, block by block, and puts them into the operands' layout."""
+    """Collects the gradients that are wanted of all planes, block by block, and puts them into the operands' layout."""
 
-    def __init__(self, xp: Any, problem: Problem, operands: Operands) -> None:
+    def __init__(self, xp: Any, problem: Problem, operands: Operands, needs: frozenset[str]) -> None:
         self.xp = xp
         self.problem = problem
         self.operands = operands
+        self.needs = needs
         order = problem.order
         self._query: Blocks = {}
         self._keys: list[Blocks] = [{} for _ in range(order)]
@@ -47,6 +48,8 @@ class GradientStore:
         """Add the gradient (w, c) of a query factor's columns from row `start` on; `raw` are the operand's columns."""
         query = plane.queries[plane.heads.index(head)]
         self._add_weight(0, query, raw, gradient)
+        if "query" not in self.needs:
+            return
         rows = self.xp.permute_dims(query.projection.adjoint(self.xp, gradient), (1, 0))
         self._put(self._query, (plane.batch, head), start, rows, self.operands.query.dtype)
 
@@ -62,9 +65,12 @@ class GradientStore:
             live = key.live[start:stop, None]
             rows, values, biases = (xp.where(live, x, xp.zeros_like(x)) for x in (rows, values, biases))
         place, dtype = (plane.batch, plane.group), self.operands.keys[mode].dtype
-        self._put(self._keys[mode], place, start, rows, dtype)
-        self._put(self._values[mode], place, start, values, dtype)
-        self._put(self._biases[mode], (plane.batch, plane.heads[0]), start, biases, xp.float64)
+        if "keys" in self.needs:
+            self._put(self._keys[mode], place, start, rows, dtype)
+        if "values" in self.needs:
+            self._put(self._values[mode], place, start, values, dtype)
+        if "biases" in self.needs and self.operands.biases and self.operands.biases[mode] is not None:
+            self._put(self._biases[mode], (plane.batch, plane.heads[0]), start, biases, xp.float64)
 
     def _put(self, store: Blocks, place: tuple[int, int], start: int, rows: Array, dtype: Any) -> None:
         """Keep a block; blocks of planes that share their keys meet at the same start and are added."""
@@ -73,16 +79,16 @@ class GradientStore:
         blocks[start] = self.xp.astype(rows if known is None else known + rows, dtype)
 
     def _add_weight(self, position: int, factor: Factor, raw: Array, gradient: Array) -> None:
-        if factor.projection.matrix is None:
+        if factor.projection.matrix is None or "weight" not in self.needs:
             return
         xp = self.xp
         part = xp.matmul(xp.astype(raw, xp.float64), xp.permute_dims(xp.astype(gradient, xp.float64), (1, 0)))
         known = self._weight[position]
         self._weight[position] = part if known is None else known + part
 
-    def gradients(self, needs: frozenset[str]) -> OperandGradients:
+    def gradients(self) -> OperandGradients:
         """Return what was collected, in the operands' dtype and layout; None where it was not asked for."""
-        order, operands = self.problem.order, self.operands
+        order, operands, needs = self.problem.order, self.operands, self.needs
         nothing: tuple[Array | None, ...] = (None,) * order
         return OperandGradients(
             query=self._laid_out(self._query, operands.query) if "query" in needs else None,
@@ -179,9 +185,9 @@ def backward(
     residuals = saved.residuals
     if residuals is None:
         raise ValueError("backward needs the output of forward(..., save=True)")
-    store = GradientStore(xp, problem, operands)
+    store = GradientStore(xp, problem, operands, needs)
     if problem.batch == 0:
-        return store.gradients(needs)
+        return store.gradients()
     rows = RowGradients(kernel, operands, saved, grads)
     kernels = [kernel] if kernel.polynomial.gradient == "consistent" else [kernel, _antiderivative(kernel)]
     for index, plane in enumerate(planes(xp, problem, operands, residuals["maxima"])):
@@ -202,7 +208,7 @@ def backward(
             ordered_plane_backward(kernel, operands, plane, statistics, rows, store)
         else:
             _plane_backward(kernels, plane, statistics, rows, store, needs)
-    return store.gradients(needs)
+    return store.gradients()
 
 
 def _antiderivative(kernel: PolynomialKernel) -> PolynomialKernel:

@@ -10,7 +10,7 @@ from math import ceil, comb, log2, prod
 
 from korder.errors import UnsupportedProblemError
 from korder.planning.coefficients import coefficients_of
-from korder.planning.cost import ITEM_BYTES, live_share, operand_bytes
+from korder.planning.cost import live_share, operand_bytes
 from korder.planning.explain import size
 from korder.planning.plan import Cost, Plan, PolynomialPlan, Pruning
 from korder.planning.pruning import kept_monomials, pruning_of

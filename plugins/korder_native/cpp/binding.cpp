@@ -101,10 +101,11 @@ void run(const Table& table, const Call& call, bool backward) {
     (backward ? table.backward : table.forward)(call, memory.get());
 }
 
-bool find_wild(const Table& table, const Call& call, bool backward, Address marks) {
+std::tuple<bool, bool> find_wild(const Table& table, const Call& call, bool backward, Address marks) {
     nb::gil_scoped_release unlocked;
     const auto memory = memory_of(table.wild_bytes(call, backward));
-    return table.find_wild(call, backward, reinterpret_cast<std::uint8_t*>(marks), memory.get());
+    const korder::Found found = table.find_wild(call, backward, reinterpret_cast<std::uint8_t*>(marks), memory.get());
+    return {found.wild, found.steep};
 }
 
 // Monomials and the arrays that they point at.
@@ -254,6 +255,19 @@ NB_MODULE(_native, m) {
                  nb::gil_scoped_release unlocked;
                  const auto token = memory_of(call.monomials->width * 8);
                  table.token_products(call, at<double>(factors), at<double>(products), reinterpret_cast<double*>(token.get()));
+             })
+        .def("read_table",
+             [](const Table& table, const FeatureCall& call, const std::vector<Address>& sums,
+                const std::vector<Address>& absolute, Address weights, double sign, Address values, Address sizes,
+                Address factors, Address size_factors) {
+                 korder::TableCall made;
+                 made.order = int(sums.size()), made.channels = call.channels, made.sign = sign;
+                 for (int t = 0; t < made.order; ++t)
+                     made.sums[t] = at<double>(sums[t]), made.absolute[t] = at<double>(absolute.at(t));
+                 made.weights = at<double>(weights), made.values = at(values), made.sizes = at(sizes);
+                 made.factors = at<double>(factors), made.size_factors = at<double>(size_factors);
+                 nb::gil_scoped_release unlocked;
+                 table.read_table(*call.monomials, call.wide, made);
              })
         .def("feature_bytes", [](const Table& table, const FeatureCall& call, int work) {
             return table.features(call, Work(work), nullptr);

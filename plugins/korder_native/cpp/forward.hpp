@@ -58,28 +58,33 @@ struct ForwardPlan {
     bool keeps(const Call& call) const { return parts > 1 || chunk < call.contracted().length; }
 };
 
-// The running softmax of the rows of one item.
-template <class Real>
+// The running softmax of the rows of one item. `taken` sums the weights as products take them, narrowed or not: an output
+// is a mean of values by these, whatever the values have in common.
+template <class Factor>
 struct RowState {
+    typedef typename Summed<Factor>::type Real;
+    static constexpr bool narrows = sizeof(Factor) < sizeof(Real);
     Weighted<Real> weighted;
     Real* top;
-    double* total;
+    double *total, *taken;
 
     RowState(Arena& arena, std::int64_t rows, std::int64_t padded)
         : weighted{arena.take<Real>(rows * padded), arena.take<Real>(rows * padded)},
           top(arena.take<Real>(rows)),
-          total(arena.take<double>(rows)) {}
+          total(arena.take<double>(rows)),
+          taken(narrows ? arena.take<double>(rows) : total) {}
 
     RowState from(std::int64_t row, std::int64_t padded) const {
         RowState found = *this;
-        found.weighted.sums += row * padded, found.weighted.lost += row * padded, found.top += row, found.total += row;
+        found.weighted.sums += row * padded, found.weighted.lost += row * padded, found.top += row;
+        found.total += row, found.taken += row;
         return found;
     }
 
     void start(std::int64_t rows, std::int64_t padded) const {
         clear(weighted.sums, rows * padded), clear(weighted.lost, rows * padded);
         clear(top, rows, -Real(__builtin_inff()));
-        clear(total, rows, 0.0);
+        clear(total, rows, 0.0), clear(taken, rows, 0.0);
     }
 };
 
@@ -87,7 +92,7 @@ struct RowState {
 template <class Factor>
 struct HeadMemory {
     Factor *panels, *columns;
-    RowState<typename Summed<Factor>::type> kept;
+    RowState<Factor> kept;
 
     HeadMemory(Arena& arena, const Call& call, const ForwardPlan<Factor>& plan)
         : panels(arena.take<Factor>(plan.chunk * depth_of<Factor>(call.width))),
@@ -106,7 +111,7 @@ struct ThreadMemory {
     Real* scores;     // [rows][pitch]
     Real* extra;      // the same: key masks and biases of the contracted mode
     Factor* weights;  // the same, if they are narrower than scores
-    RowState<Real> state;
+    RowState<Factor> state;
 
     ThreadMemory(Arena& arena, const Call& call, const ForwardPlan<Factor>& plan)
         : scratch(arena.take<Real>(Sizes<Real>::panel * greater(call.width, plan.padded))),
@@ -130,7 +135,7 @@ public:
     explicit Forward(const Call& call)
         : Forward(call, shares_that_fit(call, 1.0, [&](const Shares& shares) { return Forward(call, shares).bytes(); })) {}
 
-    Forward(const Call& call, const Shares& shares) : call_(call), plan_(call, shares) {
+    Forward(const Call& call, const Shares& shares) : call_(call), plan_(call, shares), scales_(call.scale) {
         Arena head(nullptr), thread(nullptr);
         HeadMemory<Factor>(head, call_, plan_);
         ThreadMemory<Factor>(thread, call_, plan_);
@@ -222,12 +227,12 @@ private:
 
     void attend_item(std::int64_t b, const Item& item, std::int64_t start, const HeadMemory<Factor>& head,
                      const ThreadMemory<Factor>& mine) const {
-        RowState<Real> state = mine.state;
+        RowState<Factor> state = mine.state;
         if (plan_.keeps(call_)) state = head.kept.from(item.kept, plan_.padded);
         if (start == 0) state.start(rounded(item.count, rows), plan_.padded);
         const RowsAt at{b, item.head, item.row, item.count};
         if constexpr (narrows)
-            read_rows(call_, at, Scales(call_).rows, mine.queries);
+            read_rows(call_, at, scales_.rows, mine.queries);
         else
             read_tiles(call_, call_.query, call_.width, at, call_.scale, mine.scratch, mine.queries);
         const Span keys = keys_of(item, lesser(plan_.chunk, call_.contracted().length - start));
@@ -237,7 +242,7 @@ private:
                             mine, state.from(row, plan_.padded));
         if (plan_.keeps(call_)) return;
         for (std::int64_t r = 0; r < item.count; ++r)
-            finish(b, item.head, item.row + r, state.weighted.sums + r * plan_.padded, state.top[r], state.total[r]);
+            finish(b, item.head, item.row + r, state.from(r, plan_.padded));
     }
 
     // The keys of a chunk that are an item's: all of them, unless order 1 has no outer mode to be parted.
@@ -249,7 +254,7 @@ private:
 
     // One tile of rows against one block of contracted keys and every outer tuple.
     void attend_tile(std::int64_t b, const Item& item, std::int64_t row, Span block, std::int64_t start,
-                     const HeadMemory<Factor>& head, const ThreadMemory<Factor>& mine, const RowState<Real>& state) const {
+                     const HeadMemory<Factor>& head, const ThreadMemory<Factor>& mine, const RowState<Factor>& state) const {
         const std::int64_t count = lesser(rows, item.count - row), i = item.row + row;
         Sight<Shape::rows> sight;
         sight.look(call_, i, count);
@@ -289,11 +294,11 @@ private:
     };
 
     template <int Rows>
-    void absorb(const Step& step, const RowState<Real>& state) const {
+    void absorb(const Step& step, const RowState<Factor>& state) const {
         constexpr int pitch = Sizes<Real>::pitch, width = Vector<Real>::width;
         constexpr int lanes = width > Sizes<Real>::lanes ? width : Sizes<Real>::lanes;
         const auto [first, last] = step.keys;
-        scores_of<Rows>(call_, step.folded, step.panels, first, last, step.scores);
+        scores_of<Rows>(call_, scales_.scores, step.folded, step.panels, first, last, step.scores);
         Real rescale[lanes] = {}, reference[lanes] = {};
         for (int r = 0; r < Rows; ++r) {
             Real* scores = step.scores + r * pitch;
@@ -309,9 +314,10 @@ private:
         for (int r = 0; r < lanes; r += width) store(rescale + r, exponential<Real>(load(rescale + r)));
         for (int r = 0; r < Rows; ++r) {
             Real* scores = step.scores + r * pitch;
-            state.total[r] = state.total[r] * rescale[r] + exponentiate(scores, first, last, reference[r]);
+            const Real sum = exponentiate(scores, first, last, reference[r]);
+            state.total[r] = state.total[r] * rescale[r] + sum;
             if constexpr (narrows)
-                for (std::int64_t j = first; j < last; j += width) narrow(load(scores + j), step.weights + r * pitch + j);
+                state.taken[r] = state.taken[r] * rescale[r] + (sum - narrow_row(scores, first, last, step.weights + r * pitch));
         }
         if (step.gate)
             add_weighted<Rows, true>(step, rescale, state.weighted);
@@ -327,33 +333,33 @@ private:
         values_of<Rows, Gated>(weights, step.columns, plan_.chunk, plan_.padded, first, last, rescale, step.gate, weighted);
     }
 
-    void finish(std::int64_t b, std::int64_t h, std::int64_t i, const Real* weighted, Real top, double total) const {
+    void finish(std::int64_t b, std::int64_t h, std::int64_t i, const RowState<Factor>& state) const {
         const std::int64_t row = (b * call_.heads + h) * call_.queries + i;
         Real* output = static_cast<Real*>(call_.output) + row * call_.value_width;
         Real* lse = static_cast<Real*>(call_.lse) + row;
-        if (!(total > 0)) {
+        if (!(*state.total > 0)) {
             clear(output, call_.value_width);
             *lse = -Real(__builtin_inff());
             return;
         }
-        const double share = 1 / total;
-        for (std::int64_t c = 0; c < call_.value_width; ++c) output[c] = Real(weighted[c] * share);
-        *lse = Real(double(top) + __builtin_log(total));
+        const double share = 1 / *state.taken;
+        for (std::int64_t c = 0; c < call_.value_width; ++c) output[c] = Real(state.weighted.sums[c] * share);
+        *lse = Real(double(*state.top) + __builtin_log(*state.total));
     }
 
     // Joins the parts of every row of a slab, and finishes it.
-    void join(std::int64_t b, std::int64_t g, std::int64_t slab, const RowState<Real>& kept, const Team& team) const {
+    void join(std::int64_t b, std::int64_t g, std::int64_t slab, const RowState<Factor>& kept, const Team& team) const {
         const std::int64_t size = lesser(plan_.slab(), call_.queries - slab);
         for (std::int64_t at = team.thread; at < call_.share() * size; at += team.count) {
             const std::int64_t c = at / size, i = at % size;
-            const RowState<Real> whole = kept.from(c * plan_.slab() + i, plan_.padded);
+            const RowState<Factor> whole = kept.from(c * plan_.slab() + i, plan_.padded);
             for (std::int64_t part = 1; part < plan_.parts; ++part)
                 merge(whole, kept.from((part * call_.share() + c) * plan_.slab() + i, plan_.padded));
-            finish(b, g * call_.share() + c, slab + i, whole.weighted.sums, *whole.top, *whole.total);
+            finish(b, g * call_.share() + c, slab + i, whole);
         }
     }
 
-    void merge(const RowState<Real>& into, const RowState<Real>& other) const {
+    void merge(const RowState<Factor>& into, const RowState<Factor>& other) const {
         if (!(*other.total > 0)) return;
         const Real top = *into.top > *other.top ? *into.top : *other.top;
         const double left = *into.total > 0 ? __builtin_exp(double(*into.top) - double(top)) : 0;
@@ -361,11 +367,13 @@ private:
         for (std::int64_t c = 0; c < plan_.padded; ++c)
             into.weighted.sums[c] = Real(left * double(into.weighted.sums[c]) + right * double(other.weighted.sums[c]));
         *into.total = left * *into.total + right * *other.total;
+        if constexpr (narrows) *into.taken = left * *into.taken + right * *other.taken;
         *into.top = top;
     }
 
     const Call call_;
     const ForwardPlan<Factor> plan_;
+    const Scales scales_;
     std::int64_t head_bytes_ = 0, thread_bytes_ = 0;
 };
 

@@ -6,6 +6,7 @@
 #include "feature_running_back.hpp"
 #include "feature_sums.hpp"
 #include "forward.hpp"
+#include "read_table.hpp"
 #include "table.hpp"
 #include "token_facts.hpp"
 #include "wild.hpp"
@@ -39,7 +40,7 @@ std::int64_t wild_bytes(const Call& call, bool backward) {
     return call.wide ? Wild<double, std::int64_t>(call, backward).bytes() : Wild<float, std::int32_t>(call, backward).bytes();
 }
 
-bool find_wild(const Call& call, bool backward, std::uint8_t* marks, char* memory) {
+Found find_wild(const Call& call, bool backward, std::uint8_t* marks, char* memory) {
     return call.wide ? Wild<double, std::int64_t>(call, backward).find(marks, memory)
                      : Wild<float, std::int32_t>(call, backward).find(marks, memory);
 }
@@ -98,6 +99,6 @@ void exponential_of(bool wide, void* numbers, std::int64_t count) {
 extern const Table table;
 const Table table = {KORDER_TEXT(KORDER_ISA), KORDER_VECTOR_BYTES, forward_bytes, forward, backward_bytes,
                      backward, wild_bytes, find_wild, features, running, running_back, column_facts, token_products,
-                     exponential_of, false};
+                     read_table, exponential_of, false};
 
 }  // namespace korder::KORDER_ISA

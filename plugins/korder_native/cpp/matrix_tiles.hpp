@@ -35,7 +35,7 @@ struct MatrixTiles {
     MatrixTiles() {}
 };
 
-// Instruction by instruction the same.
+// Register by register the same, but for the order of a sum and for numbers that are not normal.
 struct MatrixRegister {
     unsigned char row[16][64];
 

@@ -63,6 +63,18 @@ struct FeatureCall {
     void* gradient = nullptr;            // (width, tokens), in the dtype of the sums
 };
 
+// What the modes' key states become for rows to read: see `read_table.hpp`.
+struct TableCall {
+    int order = 0;
+    std::int64_t channels = 0;
+    const double* sums[max_order] = {};      // (count, channels), the last channel being the weight
+    const double* absolute[max_order] = {};  // (count)
+    const double* weights = nullptr;         // (count): what each monomial is multiplied with
+    double sign = 1.0;                       // of the scale, once for every degree
+    void *values = nullptr, *sizes = nullptr;             // (count, channels) and (count), in the dtype of the sums
+    double *factors = nullptr, *size_factors = nullptr;   // (degree + 1): what they were divided by
+};
+
 // One mode of keys that come into sight row by row, and their sums over those that came before.
 struct RunningKeys {
     TokenColumns columns;

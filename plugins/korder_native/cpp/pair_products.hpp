@@ -1,4 +1,4 @@
-// Products of bfloat16 a pair at a time, in registers (AVX512-BF16), and the same by arithmetic, for tests.
+// Products of bfloat16 a pair at a time, in registers (AVX512-BF16), and the same by arithmetic, for tests, but for numbers that are not normal.
 #pragma once
 
 #include "pairs.hpp"

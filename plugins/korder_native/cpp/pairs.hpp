@@ -7,7 +7,7 @@
 //
 // The product of a query and an outer key has twice the bits of bfloat16, and lse is to be right in float32: so folded
 // queries are a sum of as many terms as there are factors, up to the three that float32 has, and their products with keys
-// are the same as in float32. Weights are rounded to bfloat16, as the output will be.
+// are those of float32, but for numbers that are not normal, which count as zeros. Weights are rounded to bfloat16, as the output will be.
 #pragma once
 
 #include "outer.hpp"
@@ -73,6 +73,13 @@ KORDER_INLINE vec<float> narrow(vec<float> numbers, BFloat16* to) {
     return numbers - (vec<float>)(__builtin_convertvector(narrowed, Wholes) << 16);
 }
 
+// Narrows the keys [first, last) of a row of weights, and returns the sum of what is left.
+KORDER_INLINE float narrow_row(const float* weights, std::int64_t first, std::int64_t last, BFloat16* to) {
+    vec<float> left = {};
+    for (std::int64_t j = first; j < last; j += Vector<float>::width) left += narrow(load(weights + j), to + j);
+    return sum_of<float>(left);
+}
+
 // What was widened before.
 KORDER_INLINE BFloat16 upper_half(float number) {
     std::uint32_t bits;
@@ -104,14 +111,16 @@ inline void pack_columns(const Rows& rows, std::int64_t start, std::int64_t firs
     }
 }
 
-// The scale of scores, before and after the products: rows take a power of two, which adds no bits to them.
+// The scale of scores in two parts: rows take a power of two, which adds no bits to them, scores the rest.
 struct Scales {
-    float rows, scores;
+    double rows;
+    float scores;
 
-    explicit Scales(const Call& call) : rows(float(call.scale)), scores(1.0f) {
+    explicit Scales(double scale) : rows(scale), scores(1.0f) {
         int exponent;
-        if (__builtin_fabs(__builtin_frexp(call.scale, &exponent)) != 0.5 || float(call.scale) != call.scale)
-            scores = rows, rows = 1.0f;
+        const double fraction = __builtin_frexp(scale, &exponent);
+        if (__builtin_fabs(fraction) == 0.5) return;
+        rows = __builtin_ldexp(1.0, exponent), scores = float(fraction);
     }
 };
 
@@ -145,7 +154,7 @@ inline const BFloat16* folded_tile(const Call& call, const float* rows, const fl
     return to;
 }
 
-// The same in float32 and float64, which have one term.
+// The same in float32 and float64.
 template <class Real>
 KORDER_INLINE const Real* folded_tile(const Call& call, const Real* rows, const Real* keys, Real* to) {
     return fold_tile(rows, keys, call.width, to);

@@ -11,15 +11,14 @@ namespace korder::KORDER_ISA {
 
 // Scores by products of either kind; in float32 and float64 the scale is in the folded rows.
 template <int Rows, class Real>
-KORDER_INLINE void scores_of(const Call& call, const Real* folded, const Real* panels, std::int64_t first, std::int64_t last,
-                             Real* scores) {
+KORDER_INLINE void scores_of(const Call& call, float, const Real* folded, const Real* panels, std::int64_t first,
+                             std::int64_t last, Real* scores) {
     tile_scores<Real, Rows>(folded, panels, call.width, first, last, scores);
 }
 
 template <int Rows>
-KORDER_INLINE void scores_of(const Call& call, const BFloat16* folded, const BFloat16* panels, std::int64_t first,
-                             std::int64_t last, float* scores) {
-    const float scale = Scales(call).scores;
+KORDER_INLINE void scores_of(const Call& call, float scale, const BFloat16* folded, const BFloat16* panels,
+                             std::int64_t first, std::int64_t last, float* scores) {
     switch (call.order) {
         case 1: return pair_scores<Rows, 1>(folded, panels, call.width, scale, first, last, scores);
         case 2: return pair_scores<Rows, 2>(folded, panels, call.width, scale, first, last, scores);

@@ -9,6 +9,12 @@
 
 namespace korder {
 
+// What was seen of operands: key heads that are marked, and scores so large that two orders of summation may differ by
+// as much as bfloat16 rounds.
+struct Found {
+    bool wild = false, steep = false;
+};
+
 struct Table {
     const char* name;
     int vector_bytes;
@@ -17,7 +23,7 @@ struct Table {
     std::int64_t (*backward_bytes)(const Call&);
     void (*backward)(const Call&, char* memory);
     std::int64_t (*wild_bytes)(const Call&, bool backward);
-    bool (*find_wild)(const Call&, bool backward, std::uint8_t* marks, char* memory);
+    Found (*find_wild)(const Call&, bool backward, std::uint8_t* marks, char* memory);
 
     // Without memory these only say how much they would take.
     std::int64_t (*features)(const FeatureCall&, Work, char* memory);
@@ -26,6 +32,7 @@ struct Table {
 
     void (*column_facts)(const FeatureCall&, const double* weights, double* peaks, double* totals, double* token);
     void (*token_products)(const FeatureCall&, const double* factors, double* to, double* token);
+    void (*read_table)(const Monomials&, bool wide, const TableCall&);
     void (*exponential)(bool wide, void* numbers, std::int64_t count);
     bool narrows;  // whether it has products of bfloat16
 };

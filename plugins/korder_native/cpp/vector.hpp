@@ -95,7 +95,7 @@ KORDER_INLINE Real largest_of(vec<Real> value) {
 // How many numbers a register tile holds: rows x (vectors of keys, or of columns). All accumulators, one row of the
 // second factor and one number of the first must fit in the registers.
 #if defined(KORDER_MATRIX_TILES)
-struct Shape {  // of AMX, whose sums are 16 x 16, two of them
+struct Shape {  // of AMX, whose sums are 16 x 16; two side by side
     static constexpr int rows = 16, keys = 128 / KORDER_VECTOR_BYTES, columns = keys;
 };
 #elif defined(__AVX512F__)

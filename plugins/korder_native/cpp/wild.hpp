@@ -5,6 +5,7 @@
 #include <omp.h>
 
 #include "reading.hpp"
+#include "table.hpp"
 
 namespace korder::KORDER_ISA {
 
@@ -33,6 +34,7 @@ class Wild {
 public:
     static constexpr int most_operands = 2 + 3 * max_order;
     static constexpr std::int64_t numbers_of_a_thread = 1 << 18;
+    static constexpr double steep_scores = 0x1p15;
     static constexpr double limit = sizeof(Real) == 4 ? 0x1p120 : 0x1p1000;
 
     Wild(const Call& call, bool backward) : call_(call), backward_(backward) {
@@ -60,8 +62,8 @@ public:
         return greater(1, all) * std::int64_t(sizeof(Bits));
     }
 
-    // Marks the heads, (batch, key head), and returns whether there are any.
-    bool find(std::uint8_t* marks, char* memory) const {
+    // Marks the heads, (batch, key head).
+    Found find(std::uint8_t* marks, char* memory) const {
         Bits* found = reinterpret_cast<Bits*>(memory);
         std::int64_t firsts[most_operands + 1] = {};
         for (int o = 0; o < count_; ++o) firsts[o + 1] = firsts[o] + operands_[o].planes() * parts_;
@@ -71,14 +73,14 @@ public:
             while (at >= firsts[o + 1]) ++o;
             found[at] = largest_of_part(operands_[o], (at - firsts[o]) / parts_, (at - firsts[o]) % parts_);
         }
-        bool any = false;
+        Found all;
         for (std::int64_t b = 0; b < call_.batch; ++b)
             for (std::int64_t g = 0; g < call_.groups; ++g) {
-                const bool wild = !is_tame(found, firsts, b, g);
+                const bool wild = !is_tame(found, firsts, b, g, all.steep);
                 marks[b * call_.groups + g] = wild;
-                any |= wild;
+                all.wild |= wild;
             }
-        return any;
+        return all;
     }
 
 private:
@@ -131,18 +133,22 @@ private:
         return double(number);
     }
 
-    // Whether no score, product of values or gradient of a key head can come near overflow. NaN is below nothing.
-    bool is_tame(const Bits* found, const std::int64_t* firsts, std::int64_t b, std::int64_t g) const {
+    // Whether no score, product of values or gradient of a key head can come near overflow. NaN is below nothing. Sets
+    // `steep` if its scores may be.
+    bool is_tame(const Bits* found, const std::int64_t* firsts, std::int64_t b, std::int64_t g, bool& steep) const {
         const std::int64_t share = call_.share(), first = g * share, last = first + share;
         const double scale = call_.scale < 0 ? -call_.scale : call_.scale;
-        double keys = at_least_1(largest_of_heads(found, firsts, 0, b, first, last) * at_least_1(scale));
+        const double query = largest_of_heads(found, firsts, 0, b, first, last);
+        double keys = at_least_1(query * at_least_1(scale)), scores = query * scale * double(call_.width);
         double values = 1, biases = 0;
         for (int t = 0; t < call_.order; ++t) {
-            keys *= at_least_1(largest_of_heads(found, firsts, 2 + 3 * t, b, g, g + 1));
+            const double key = largest_of_heads(found, firsts, 2 + 3 * t, b, g, g + 1);
+            keys *= at_least_1(key), scores *= key;
             values *= at_least_1(largest_of_heads(found, firsts, 3 + 3 * t, b, g, g + 1)) *
                       at_least_1(double(call_.modes[t].length));
             biases += largest_of_heads(found, firsts, 4 + 3 * t, b, first, last);
         }
+        steep |= !(scores <= steep_scores);
         double products = values;
         if (backward_) {
             products *= at_least_1(largest_of_heads(found, firsts, 1, b, first, last)) * double(call_.value_width);

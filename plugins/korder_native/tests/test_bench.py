@@ -61,9 +61,9 @@ def test_the_roofline_shows_every_row_that_has_a_speed(tmp_path: Path) -> None:
 
 
 def test_bfloat16_is_judged_only_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark_native, "has_cpu_flag", lambda flag: False)
+    monkeypatch.setattr(benchmark_native, "multiplies_bfloat16", lambda case: False)
     assert verdicts("bfloat16") == {"bfloat16": "not judged"}
-    monkeypatch.setattr(benchmark_native, "has_cpu_flag", lambda flag: flag == "avx512_bf16")
+    monkeypatch.setattr(benchmark_native, "multiplies_bfloat16", lambda case: True)
     assert verdicts("bfloat16")["bfloat16"] in ("met", "missed")
 
 

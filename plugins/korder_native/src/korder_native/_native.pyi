@@ -10,6 +10,7 @@ class Call:
     kind: int
     number: int
     wide: bool
+    narrow: bool
     threads: int
     batch: int
     heads: int
@@ -100,6 +101,7 @@ class Kernels:
 
     name: str
     vector_bytes: int
+    narrows: bool
 
     def forward(self, call: Call, /) -> None:
         """Compute output and lse."""
@@ -113,11 +115,27 @@ class Kernels:
     def backward_bytes(self, call: Call, /) -> int:
         """Return the memory that a backward takes beyond operands and results."""
 
-    def find_wild(self, call: Call, backward: bool, marks: int, /) -> bool:
-        """Mark the heads, (batch, key head), whose operands are NaN or could overflow; return whether there are any."""
+    def find_wild(self, call: Call, backward: bool, marks: int, /) -> tuple[bool, bool]:
+        """Mark the heads, (batch, key head), whose operands are NaN or could overflow; return whether there are any, and
+        whether scores may be so large that two orders of summation differ as much as bfloat16 rounds."""
 
     def feature_sums(self, call: FeatureCall, shares: int | None, sums: int | None, absolute: int | None, /) -> None:
         """Add the sums over tokens of features times values, and of absolute features times the last value."""
+
+    def read_table(
+        self,
+        call: FeatureCall,
+        sums: list[int | None],
+        absolute: list[int | None],
+        weights: int | None,
+        sign: float,
+        values: int | None,
+        sizes: int | None,
+        factors: int | None,
+        size_factors: int | None,
+        /,
+    ) -> None:
+        """Write the table that rows read, out of the modes' key states; see `cpp/read_table.hpp`."""
 
     def read_features(self, call: FeatureCall, entries: int | None, sums: int | None, finish: Finish | None, /) -> None:
         """Write features times a table; finished, the means of the polynomial and what certificates want."""

@@ -72,7 +72,6 @@ class Passes(PolynomialKernel):
         """Return the bytes beyond inputs and outputs of a forward, on as many threads as it would now."""
         problem, item = self.problem, 8 if self.problem.accumulation == "float64" else 4
         features, channels, degrees = self.table.features, problem.value_width + 1, self.table.degree + 1
-        highest = features - self.table.offsets[-2]
         running = problem.spec.mask.kind != "full"
         tokens = min(FORWARD_BLOCK if running else self._tokens(), max(problem.queries, *problem.lengths, 1))
         rows = 8 * problem.batch * problem.heads * problem.queries
@@ -87,9 +86,8 @@ class Passes(PolynomialKernel):
             weights += 16 * sum(problem.lengths)
             work = features * (4 * 8 + item) + block + self.kernels.running_bytes(self._running_call(tokens))
         else:
-            table = 8 * channels * max((problem.order + 1) * features, features + 4 * highest) + highest * channels
             kernels = max(self.kernels.feature_bytes(self.call(tokens), work) for work in (_SUMS, _READING))
-            work = max(table, block + features * (channels + 1) * item + kernels)
+            work = features * (channels + 1) * item + max(24 * features, block + kernels)
         # rows: centres, weights and means; at the end lse out of them
         return int(max(3 * rows + states + weights + work, 7 * rows))
 
@@ -188,10 +186,16 @@ class Passes(PolynomialKernel):
 
     def read_table(self, states: list[tuple[Array, Array]], scales: Array) -> Any:
         """Return the table that the key states make together."""
-        table = super().read_table(states, scales)
-        coefficients = np.asarray(self.polynomial.values, np.float64)
-        factors, size_factors = (dense(self.xp.stack(x, axis=0)) for x in (table.factors, table.absolute_factors))
-        return Laid(self.laid_out(table.values), self.laid_out(table.absolute), coefficients, factors, size_factors)
+        features, degrees, like = self.table.features, self.table.degree + 1, states[0][0]
+        values, sizes = (
+            new(like, (features, width), self.problem.accumulation) for width in (self.problem.value_width + 1, 1)
+        )
+        factors, size_factors = (new(like, (degrees,), "float64") for _ in range(2))
+        weights, kept = dense(self.monomial_weights(scales)), [tuple(map(dense, state)) for state in states]
+        sums, absolute = ([address(x) for x in arrays] for arrays in zip(*kept, strict=True))
+        written = (address(x) for x in (values, sizes, factors, size_factors))
+        self.kernels.read_table(self.call(1), sums, absolute, address(weights), self.scale_sign, *written)
+        return Laid(values, sizes, np.asarray(self.polynomial.values, np.float64), factors, size_factors)
 
     def finish_block(
         self, query: Any, scale: Array, tokens: tuple[int, int], table: Any, rows: tuple[Array, Array]
