@@ -180,7 +180,7 @@ def forward_workspace(
 def backward_workspace(problem: Problem, degree: int, chunk: int, pruning: Pruning | None = None) -> int:
     """Return bytes beyond inputs and outputs, all gradients wanted; counted as `forward_workspace`.
 
-    Gradients are collected in blocks, which are joined into arrays one operand after the other: one of them is there twice.
+    Gradients are collected in blocks, which are joined into arrays one operand after the other: one is there twice.
     """
     keys = problem.batch * problem.groups * sum(problem.lengths)
     rows = 24 * problem.batch * problem.heads * problem.queries

@@ -116,8 +116,11 @@ class Kernels:
         """Return the memory that a backward takes beyond operands and results."""
 
     def find_wild(self, call: Call, backward: bool, marks: int, /) -> tuple[bool, bool]:
-        """Mark the heads, (batch, key head), whose operands are NaN or could overflow; return whether there are any, and
-        whether scores may be so large that two orders of summation differ as much as bfloat16 rounds."""
+        """Mark the heads, (batch, key head), whose operands are NaN or could overflow.
+
+        Returned is whether there are any, and whether scores may be so large that two orders of summation differ as
+        much as bfloat16 rounds.
+        """
 
     def feature_sums(self, call: FeatureCall, shares: int | None, sums: int | None, absolute: int | None, /) -> None:
         """Add the sums over tokens of features times values, and of absolute features times the last value."""
