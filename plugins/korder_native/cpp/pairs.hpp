@@ -7,7 +7,8 @@
 //
 // The product of a query and an outer key has twice the bits of bfloat16, and lse is to be right in float32: so folded
 // queries are a sum of as many terms as there are factors, up to the three that float32 has, and their products with keys
-// are those of float32, but for numbers that are not normal, which count as zeros. Weights are rounded to bfloat16, as the output will be.
+// are those of float32, but for numbers that are not normal, which count as zeros. Weights are rounded to bfloat16, as the
+// output will be.
 #pragma once
 
 #include "outer.hpp"
