@@ -103,7 +103,11 @@ class Problem:
 
     @property
     def accumulation(self) -> str:
-        """Dtype of products and sums: the widest of float32, the operands' and the policy's."""
+        """Dtype of sums: the widest of float32, the operands' and the policy's.
+
+        Products are in it too, but for 16-bit operands that a backend multiplies as they are while the policy's
+        precision is "input".
+        """
         wide = self.dtype == "float64" or self.spec.policy.precision == "float64"
         return "float64" if wide else "float32"
 

@@ -27,6 +27,6 @@ class Policy(SpecModel):
     backends: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Names of the backends that may be used; any when None."""
     precision: Literal["input", "float32", "float64"] = "input"
-    """Dtype of products and sums; never narrower than float32 nor than the operands."""
+    """Dtype of sums, at least float32 and the operands' own; "input" may multiply 16-bit numbers as they are."""
     memory_limit: Annotated[ByteSize, Field(gt=0), BeforeValidator(_no_boolean)] = ByteSize(DEFAULT_MEMORY_LIMIT)
     """Workspace in bytes beyond inputs and outputs; a number or a text such as "256MiB"."""
