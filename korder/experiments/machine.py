@@ -7,7 +7,6 @@ import platform
 import time
 from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,15 +38,6 @@ def instruction_set() -> str:
     found: Any = np.show_config(mode="dicts")
     simd = found.get("SIMD Extensions", {})
     return " ".join([*simd.get("baseline", ()), *simd.get("found", ())]) or "unknown"
-
-
-def has_cpu_flag(name: str) -> bool:
-    """Return whether the system lists a feature of the processor, as Linux calls it; nowhere else does one."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return False
-    return any(name in line.partition(":")[2].split() for line in lines if line.startswith("flags"))
 
 
 def blas_kernel() -> str:
