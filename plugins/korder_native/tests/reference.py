@@ -60,6 +60,10 @@ class Case:
     @cached_property
     def plan(self) -> Plan:
         """The first plan."""
+        return self.plan_in(self.dtype)
+
+    def plan_in(self, dtype: str) -> Plan:
+        """The first plan in a dtype that NumPy may not have."""
         shape = lambda x: None if x is None else x.shape  # noqa: E731
         return korder.plan(
             self.spec,
@@ -68,7 +72,7 @@ class Case:
             values=[x.shape for x in self.values],
             key_masks=[shape(x) for x in self.key_masks],
             biases=[shape(x) for x in self.biases],
-            dtype=self.dtype,
+            dtype=dtype,
         )[0]
 
     def kernel(self, isa: str = "") -> NativeExactKernel:
